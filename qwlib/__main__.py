@@ -1,0 +1,179 @@
+"""The command line: `python -m qwlib models | schemes | estimate | bench | run | links`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import catalog, compare, schemes
+from .backends import BACKENDS
+from .errors import QwlibError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+SchemeNames = Annotated[list[str] | None, typer.Option("--scheme", help="a scheme; give it again for more rows")]
+
+
+def _table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=140).print(table)
+
+
+@app.command()
+def models() -> None:
+    """List the models of the catalog."""
+    rows = [
+        [
+            m.name,
+            m.what,
+            m.source or "embedded",
+            (m.revision or ("unpinned" if m.source else "sha256"))[:8],
+            m.licence + (" (gated)" * bool(m.licence_page)),
+        ]
+        for m in catalog.MODELS.values()
+    ]
+    _table("Models: any Hub id or folder works as well", ["name", "what", "source", "revision", "licence"], rows)
+
+
+@app.command(name="schemes")
+def list_schemes() -> None:
+    """List the schemes, what they store in which format, and whether they can run here."""
+    rows = []
+    for s in schemes.SCHEMES.values():
+        ready, why = BACKENDS[s.backend].available()
+        rows.append(
+            [
+                s.name,
+                f"{s.bits_per_weight:.2f}",
+                s.linear,
+                s.embedding,
+                s.head,
+                "yes" if ready else f"no: {why}",
+                s.what,
+            ]
+        )
+    _table("Schemes", ["name", "bits/weight", "linear", "embedding", "head", "runs here", "what"], rows)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Option(help="catalog name, Hub id or folder")] = catalog.EMBEDDED,
+    scheme: SchemeNames = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    context: Annotated[int, typer.Option(min=1, help="tokens in the key-value cache")] = 2048,
+) -> None:
+    """Predict memory from shapes alone; nothing is loaded."""
+    from . import memory
+
+    rows = []
+    for name in scheme or list(schemes.SCHEMES):
+        e = memory.estimate(model, name, batch=batch, context=context)
+        parts = (e.weights_bytes, e.state_bytes, e.kv_bytes, e.total_bytes)
+        rows.append([e.scheme, *(f"{part / 1e9:.3f}" for part in parts)])
+    title = f"{model}, {e.parameters / 1e9:.3f} billion parameters; GB (10⁹ bytes); cache of {batch} × {context} tokens"
+    _table(title, ["scheme", "weights", "state", "cache", "total"], rows)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="catalog name, Hub id or folder")] = catalog.EMBEDDED,
+    scheme: SchemeNames = None,
+    weights: Annotated[str, typer.Option(help="trained, or random: true shape and speed, no download")] = "trained",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    runs: Annotated[int, typer.Option(min=1)] = 3,
+    quality: Annotated[bool, typer.Option(help="measure perplexity too")] = False,
+    protocol: Annotated[str, typer.Option(help="perplexity protocol")] = "gptq-512",
+    blocks: Annotated[int, typer.Option(min=1, help="blocks of the text that are read")] = 16,
+    text: Annotated[str | None, typer.Option(help="a text file instead of the embedded text")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the records")] = Path("runs/bench"),
+) -> None:
+    """Measure memory, speed and (--quality) perplexity, one fresh process a row, 16-bit as the reference."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from . import worker
+
+    names = list(dict.fromkeys([schemes.REFERENCE, *(schemes.find(s).name for s in scheme or ["nf4-dq"])]))
+    row = catalog.find(model)
+    shape = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
+    if weights not in ("trained", "random"):
+        raise QwlibError(f"--weights is trained or random, not {weights}")
+    if quality and weights == "random":
+        raise QwlibError("random weights have no quality: leave out --quality or take trained weights")
+    scored = {"protocol": protocol, "blocks": blocks, "text_file": text} if quality else None
+    records = []
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{row.name}", total=len(names))
+        for name in names:
+            progress.update(task, description=f"{row.name} {name}")
+            job = {"model": model, "scheme": name, "weights": weights, "quality": scored, **shape}
+            stem = f"{row.name}-{weights}-{name}-{batch}x{prompt_tokens}+{new_tokens}".replace("/", "--").strip("-.")
+            records.append(worker.spawn(job, out / f"{stem}.json"))
+            progress.advance(task)
+    device = next((r["env"]["device"] for r in records), "")
+    title = (
+        f"{row.name} ({weights} weights) on {device}; batch {batch}, {prompt_tokens} + {new_tokens} tokens, {runs} runs"
+    )
+    _table(title, *compare.cells(records))
+    print(f"records: {out}")
+    if all("failure" in r for r in records):
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    notebooks: Annotated[
+        list[Path] | None, typer.Argument(help="notebooks; all of notebooks/ if none is named")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for runs")] = Path("runs"),
+) -> None:
+    """Execute the notebooks without a screen, and write an index page."""
+    from . import runner
+
+    outcomes, folder = runner.run(notebooks or sorted(Path("notebooks").glob("*.ipynb")), out)
+    _table(
+        "Notebooks",
+        ["notebook", "status", "s", "reason"],
+        [[o.name, o.status, f"{o.seconds:.0f}", o.reason] for o in outcomes],
+    )
+    print(f"report: {folder / 'index.html'}")
+    sys.exit(0 if all(o.status == "passed" for o in outcomes) else 1)
+
+
+@app.command()
+def links() -> None:
+    """Write the address that stands in pyproject.toml into badges and set-up cells."""
+    from . import opening
+
+    for path in opening.write(Path(".")):
+        print(f"updated {path}")
+
+
+def main() -> None:
+    """The command line with a user's mistakes told in one line."""
+    try:
+        app()
+    except QwlibError as error:
+        print(f"qwlib: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The table of models: where each comes from, what its licence asks, and the configuration that gives its shape.
+
+The stored configurations (`qwlib/configs/*.json`) are why memory can be estimated, and a random-weight model of the exact
+shape be built, without a download. A Hub id or a local folder works wherever a name does.
+
+Revisions are commit hashes of the Hub repository where one could be known; `None` says "unpinned: the Hub's main branch".
+"""
+
+import difflib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from . import hub
+from .errors import QwlibError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on the Hub, to be put over a model's weights unmerged."""
+
+    source: str
+    revision: str | None
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the catalog, or a Hub id or folder that a user named.
+
+    `source` is what `from_pretrained` takes (`None` for the embedded model, which is unpacked first); `licence_page` is
+    set where the Hub asks a user to accept a licence; `adapter` goes over `source`; `config_name` names the stored configuration.
+    """
+
+    name: str
+    source: str | None
+    revision: str | None = None
+    licence: str = "unknown"
+    licence_page: str | None = None
+    adapter: Adapter | None = None
+    config_name: str | None = None
+    what: str = ""
+
+    def config(self):
+        """The transformers configuration: the stored one, else read from the folder or the Hub."""
+        from transformers import AutoConfig
+
+        if self.config_name is None:
+            with hub.explained(self):
+                return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+        stored = resources.files("qwlib") / "configs" / f"{self.config_name}.json"
+        return AutoConfig.for_model(**json.loads(stored.read_text()))
+
+
+_LLAMA = "https://huggingface.co/meta-llama/Llama-3.1-8B"
+MODELS = {
+    row.name: row
+    for row in (
+        Model(
+            "smollm2-135m",
+            None,
+            licence="Apache-2.0",
+            config_name="smollm2-135m",
+            what="SmolLM2-135M-Instruct, embedded: no network needed",
+        ),
+        Model(
+            "opt-350m",
+            "facebook/opt-350m",
+            "061d15c4d9cc3e25b93c0393d0bcca4934eaa033",  # refs/pr/33, which has safetensors; main had none
+            licence="OPT licence, research only",
+            config_name="opt-350m",
+            what="OPT, 2022: post-norm, learned positions",
+        ),
+        Model(
+            "qwen2.5-3b",
+            "Qwen/Qwen2.5-3B-Instruct",
+            "aa8e72537993ba99e69dfaafa59ed015b17504d1",
+            licence="Qwen research licence",
+            config_name="qwen2.5-3b",
+            what="Qwen2.5-3B-Instruct",
+        ),
+        Model(
+            "gemma-2-2b",
+            "google/gemma-2-2b-it",
+            "299a8560bedf22ed1c72a8a11e7dce4a7f9f51f8",
+            licence="Gemma terms of use",
+            licence_page="https://huggingface.co/google/gemma-2-2b-it",
+            config_name="gemma-2-2b",
+            what="Gemma-2-2b-it: a 256,000-word embedding",
+        ),
+        Model(
+            "phi-3-mini",
+            "microsoft/Phi-3-mini-4k-instruct",
+            "f39ac1d28e925b323eae81227eaba4464caced4e",
+            licence="MIT",
+            config_name="phi-3-mini",
+            what="Phi-3-mini-4k-instruct",
+        ),
+        Model(
+            "llama-3.1-8b",
+            "meta-llama/Llama-3.1-8B",
+            "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b",
+            licence="Llama 3.1 community",
+            licence_page=_LLAMA,
+            config_name="llama-3.1-8b",
+            what="the base model, for published perplexities",
+        ),
+        Model(
+            "llama-3.1-8b-instruct",
+            "meta-llama/Llama-3.1-8B-Instruct",
+            "0e9e39f249a16976918f6564b8830bc894c89659",
+            licence="Llama 3.1 community",
+            licence_page=f"{_LLAMA}-Instruct",
+            config_name="llama-3.1-8b",
+            what="the chat model",
+        ),
+        Model(
+            "nemoguard-8b",
+            "meta-llama/Llama-3.1-8B-Instruct",
+            "0e9e39f249a16976918f6564b8830bc894c89659",
+            licence="NVIDIA Open Model + Llama 3.1 community",
+            licence_page=f"{_LLAMA}-Instruct",
+            config_name="llama-3.1-8b",
+            adapter=Adapter(
+                "nvidia/llama-3.1-nemoguard-8b-content-safety",
+                "0ef9fa805d78e7a30958f0324d733dd5d4098d97",
+                "llama-3.1-nemoguard-8b-content-safety-lora-adapter",
+            ),
+            what="content-safety adapter over llama-3.1-8b-instruct",
+        ),
+        Model(
+            "gpt-neox-20b",
+            "EleutherAI/gpt-neox-20b",
+            "c292233c833e336628618a88a648727eb3dff0a7",
+            licence="Apache-2.0",
+            config_name="gpt-neox-20b",
+            what="GPT-NeoX-20B: 20 billion weights on one GPU",
+        ),
+    )
+}
+EMBEDDED = "smollm2-135m"
+
+
+def find(model: str) -> Model:
+    """The catalog row of that name, else a row for a local folder or a Hub id.
+
+    Raises QwlibError with the nearest names, or where a folder holds no model.
+    """
+    if isinstance(model, Model):
+        return model
+    name = str(model)
+    if name in MODELS:
+        return MODELS[name]
+    folder = Path(name).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise QwlibError(f"{name} is not a model: it has no config.json; name a folder that save_pretrained wrote")
+        return Model(name, str(folder.resolve()), what="a local folder")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return Model(name, name, what="a Hub repository")
+    if "/" in name:
+        raise QwlibError(f"no such folder: {name}; name a folder with a config.json, a Hub id, or a catalog model")
+    near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
+    raise QwlibError(f"unknown model {name!r}: did you mean {', '.join(near)}? `python -m qwlib models` lists all")

@@ -1,0 +1,67 @@
+"""Files written whole or not at all, and the one folder where unpacked checkpoints are kept.
+
+A reader never sees half a file: everything is written under a temporary name beside its target, flushed to the disk,
+and renamed. A rename within one folder is atomic on POSIX systems (IEEE 1003.1, `rename`) and on Windows (`os.replace`).
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The folder for unpacked and random checkpoints: `QWLIB_CACHE`, else the platform's cache folder."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("QWLIB_CACHE") or user_cache_path("qwlib")).expanduser()
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` to `path` atomically, making the folders above it; the path comes back."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill the folder that is yielded; it becomes `path` when the block ends without an error, else it is removed.
+
+    Where another process was faster, its folder stays and this one is dropped.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

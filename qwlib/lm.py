@@ -1,0 +1,151 @@
+"""`Lm`: a loaded model with two doors, through which everything measures it.
+
+`stream` continues token ids and hands every token over as it comes; `logits` scores every position. Token ids are batches of
+rows; where rows differ in length the shorter ones are padded on the *left*, because new tokens must follow the last real one.
+Padding is -1 until it meets the model, so that no real token is ever mistaken for it.
+
+What it leaves out: sampling. Measurements are greedy, so that a run can be repeated.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import catalog, schemes, streaming
+from .errors import QwlibError
+
+
+@dataclass
+class Lm:
+    """A loaded model. `memory` holds bytes (see `memory.py`), `load_s` seconds from the call to a model ready to use."""
+
+    row: catalog.Model
+    scheme: schemes.Scheme
+    weights: str
+    device: Any
+    device_reason: str
+    dtype: Any
+    dtype_reason: str
+    model: Any = None
+    tokenizer: Any = None
+    load_s: float = 0.0
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    def encode(self, text: str | list[str], *, special: bool = True):
+        """Token ids (batch × longest) on the host, shorter rows padded on the left with -1.
+
+        `special=False` leaves out the tokens that a tokenizer puts at the start: chat templates bring their own.
+        """
+        rows = self.tokenizer([text] if isinstance(text, str) else text, add_special_tokens=special, verbose=False)
+        return pad_left(rows.input_ids)
+
+    def chat(self, *questions: str):
+        """Token ids of one user message a row, in the model's chat format if it has one."""
+        if not self.tokenizer.chat_template:
+            return self.encode(list(questions))
+        chats = [[{"role": "user", "content": question}] for question in questions]
+        texts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        return self.encode(texts, special=False)
+
+    def stream(self, ids, *, new_tokens: int, on_token: Callable | None = None, stop_at_eos: bool = False):
+        """Greedy continuation of `ids` (batch × prompt, -1 pads on the left): a (batch × new) tensor on the host.
+
+        `on_token` gets each step's (batch,) tokens as they reach the host. Without `stop_at_eos` exactly `new_tokens` come.
+        """
+        streamer = streaming.token_streamer(on_token) if on_token else None
+        return self.generate(ids, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos)
+
+    def generate(self, ids, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
+        """transformers' `generate`, greedy, with any of its streamers; shapes as in `stream`."""
+        import torch
+        from transformers import GenerationConfig
+
+        ids, mask = self._prepare(ids, new_tokens)
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=None if stop_at_eos else new_tokens,
+            pad_token_id=self._pad_id(),
+            eos_token_id=self.model.generation_config.eos_token_id,
+        )
+        with torch.inference_mode():
+            out = self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+        return out[:, ids.shape[1] :].cpu()
+
+    def logits(self, ids):
+        """Scores of the next token at every position: (batch × tokens × vocabulary), on the model's device and in its type."""
+        import torch
+
+        ids, mask = self._prepare(ids)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            return self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+    def save(self, folder) -> None:
+        """Write model and tokenizer with `save_pretrained`, quietly; `load(folder, scheme)` reads them back.
+
+        Raises QwlibError for a scheme with a quantized embedding, which bitsandbytes can't write, and once a CPU has
+        repacked 4-bit weights for its kernel, which the first forward does: what would be saved then is not what was
+        loaded (bitsandbytes 0.50.2).
+        """
+        if self.scheme.embedding != self.scheme.base:
+            raise QwlibError(
+                f"a quantized embedding can't be saved: save {self.scheme.linear} instead of {self.scheme.name}"
+            )
+        if any(
+            getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in self.model.parameters()
+        ):
+            raise QwlibError(
+                "save a 4-bit model before its first forward: on this CPU that repacks the weights for good"
+            )
+        with quiet():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def _prepare(self, ids, new_tokens: int = 0):
+        import torch
+
+        ids = ids if isinstance(ids, torch.Tensor) else pad_left(ids)
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise QwlibError(f"token ids must be a batch of rows with at least one token, not {tuple(ids.shape)}")
+        if int(ids.max()) >= self.vocabulary:
+            raise QwlibError(f"token id {int(ids.max())} is outside the model's {self.vocabulary} words")
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest and ids.shape[1] + new_tokens > longest:
+            raise QwlibError(f"{ids.shape[1]} + {new_tokens} tokens are more than the model's {longest} positions")
+        mask = (ids >= 0).long()
+        return ids.where(ids >= 0, self._pad_id()).to(self.device), mask.to(self.device)
+
+    def _pad_id(self) -> int:
+        settings = self.model.generation_config
+        eos = settings.eos_token_id
+        first = eos[0] if isinstance(eos, list) else eos
+        return next((i for i in (settings.pad_token_id, first) if i is not None), 0)
+
+
+def pad_left(rows: list[list[int]]):
+    """Rows of ids as one tensor, the shorter ones padded with -1 on the left: new tokens must follow the last real one."""
+    import torch
+
+    longest = max((len(row) for row in rows), default=0)
+    return torch.tensor([[-1] * (longest - len(row)) + list(row) for row in rows])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' weight-by-weight progress bar says nothing that the caller's own does not."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,114 @@
+"""Figures: functions that take records or arrays and return a matplotlib Figure.
+
+One palette (Okabe and Ito, 2008, distinguishable with every common colour blindness), a white ground so that a figure reads
+the same on a dark page, units on every axis.
+"""
+
+import io
+import itertools
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_INK = "#333333"
+
+
+def _axes(width: float = 7.0, height: float = 3.2, columns: int = 1):
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        """A figure that a notebook shows although pyplot never heard of it, so that it is shown once."""
+
+        def _repr_png_(self):
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
+    figure = Shown(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(colors=_INK)
+        ax.grid(axis="y", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def arrivals(series: dict[str, list[float]]):
+    """When things came, one row a series; `series` maps a label to seconds since the request."""
+    figure, (ax,) = _axes(height=0.9 + 0.55 * len(series))
+    for row, seconds in enumerate(series.values()):
+        ax.eventplot([1e3 * s for s in seconds], lineoffsets=-row, linelengths=0.7, colors=COLOURS[row % len(COLOURS)])
+    ax.set_yticks([-row for row in range(len(series))], [f"{label} ({len(s)})" for label, s in series.items()])
+    ax.set_xlabel("time since the request (ms)")
+    ax.grid(visible=False)
+    return figure
+
+
+def gap_histogram(gaps: dict[str, list[float]]):
+    """Distribution of inter-token latencies; `gaps` maps a scheme to seconds. Dashed lines are medians."""
+    import numpy
+
+    figure, (ax,) = _axes()
+    highest = max(numpy.percentile(values, 99) for values in gaps.values())
+    lowest = min(min(values) for values in gaps.values())
+    bins = numpy.linspace(1e3 * lowest * 0.95, 1e3 * highest * 1.05, 50)
+    for colour, (label, values) in zip(itertools.cycle(COLOURS), gaps.items(), strict=False):
+        ms = 1e3 * numpy.asarray(values)
+        ax.hist(numpy.clip(ms, bins[0], bins[-1]), bins, alpha=0.65, color=colour, label=f"{label}, n = {len(ms)}")
+        ax.axvline(numpy.median(ms), color=colour, linestyle="--", linewidth=1.5)
+    ax.set_xlabel("inter-token latency (ms); the last bin holds everything slower")
+    ax.set_ylabel("tokens")
+    ax.legend(frameon=False)
+    return figure
+
+
+def batch_sweep(sweeps: dict[str, list[dict]]):
+    """Throughput of all users together and latency of each, against batch size; lists of `speed` parts by scheme.
+
+    Both come from the median gap, which one slow moment of the machine does not move.
+    """
+    figure, (left, right) = _axes(width=9.0, columns=2)
+    for colour, (label, speeds) in zip(itertools.cycle(COLOURS), sweeps.items(), strict=False):
+        batches = [s["batch"] for s in speeds]
+        left.plot(batches, [s["batch"] / s["itl_s"]["p50"] for s in speeds], "o-", color=colour, label=label)
+        right.plot(batches, [1e3 * s["itl_s"]["p50"] for s in speeds], "o-", color=colour, label=label)
+    for ax, unit in ((left, "all users: tokens/s at the median gap"), (right, "each user: median ITL (ms)")):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(batches, [str(b) for b in batches])
+        ax.set_xlabel("batch size")
+        ax.set_ylabel(unit)
+        ax.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    return figure
+
+
+def memory_bars(rows: dict[str, dict[str, int]]):
+    """Stacked bytes (GB) by scheme: weights and quantization state; `rows` maps a scheme to a record's `memory` part."""
+    figure, (ax,) = _axes(width=6.0)
+    labels = list(rows)
+    weights = [rows[k]["weights_bytes"] / 1e9 for k in labels]
+    state = [rows[k]["state_bytes"] / 1e9 for k in labels]
+    ax.bar(labels, weights, color=COLOURS[0], width=0.5, label="weights")
+    ax.bar(labels, state, bottom=weights, color=COLOURS[1], width=0.5, label="scales and code books")
+    for x, total in enumerate(w + s for w, s in zip(weights, state, strict=True)):
+        ax.annotate(f"{total:.3f}", (x, total), ha="center", va="bottom", color=_INK)
+    ax.set_ylabel("GB (10⁹ bytes)")
+    ax.margins(y=0.12)
+    ax.legend(frameon=False)
+    return figure
+
+
+def predicted_and_measured(rows: dict[str, tuple[float, float]], unit: str):
+    """Pairs of bars on a logarithmic axis; `rows` maps a label to (prediction, measurement)."""
+    figure, (ax,) = _axes(width=6.0)
+    for shift, index, name in ((-0.2, 0, "predicted limit"), (0.2, 1, "measured")):
+        values = [pair[index] for pair in rows.values()]
+        places = [x + shift for x in range(len(rows))]
+        ax.bar(places, values, width=0.38, color=COLOURS[index], label=name)
+        for x, value in zip(places, values, strict=True):
+            ax.annotate(f"{value:.3g}", (x, value), ha="center", va="bottom", color=_INK)
+    ax.set_yscale("log")
+    ax.margins(y=0.2)
+    ax.set_xticks(range(len(rows)), list(rows))
+    ax.set_ylabel(unit)
+    ax.legend(frameon=False)
+    return figure

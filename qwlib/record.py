@@ -1,0 +1,188 @@
+"""Records: one JSON file a measurement, with what was measured, where, when and how.
+
+The schema stands below as data and is checked on writing and on reading, so a record that exists can be trusted. What was
+not measured is absent: no null, no zero in its place, no NaN. New keys may come; the ones here keep their meaning.
+Bytes are bytes, `_s` is seconds, `tok_s` is tokens a second.
+"""
+
+import json
+import math
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+from . import files
+from .errors import QwlibError
+
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "qwlib")
+
+_NUMBER, _TEXT, _COUNT = {"type": "number"}, {"type": "string"}, {"type": "integer", "minimum": 0}
+_SUMMARY = {
+    "type": "object",
+    "properties": {"p50": _NUMBER, "p90": _NUMBER, "p95": _NUMBER, "p99": _NUMBER, "n": _COUNT},
+    "required": ["p50", "p90", "p95", "n"],
+}
+
+
+def _part(required: str = "", **properties) -> dict:
+    return {"type": "object", "properties": properties, "required": required.split()}
+
+
+RECORD = _part(
+    "schema kind created env",
+    schema={"const": SCHEMA},
+    kind={"type": "string", "minLength": 1},
+    created={"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$"},
+    model=_part(
+        "name weights", name=_TEXT, source=_TEXT, revision=_TEXT, sha256=_TEXT, parameters=_COUNT, weights=_TEXT
+    ),
+    scheme=_part("name backend bits_per_weight", name=_TEXT, backend=_TEXT, bits_per_weight=_NUMBER),
+    env=_part(
+        "python platform cpu device packages",
+        python=_TEXT,
+        platform=_TEXT,
+        cpu=_TEXT,
+        device=_TEXT,
+        device_reason=_TEXT,
+        dtype=_TEXT,
+        dtype_reason=_TEXT,
+        threads=_COUNT,
+        packages={"type": "object", "additionalProperties": _TEXT},
+    ),
+    memory=_part(
+        "weights_bytes state_bytes",
+        weights_bytes=_COUNT,
+        state_bytes=_COUNT,
+        repacked_bytes=_COUNT,
+        load_peak_bytes=_COUNT,
+        steady_bytes=_COUNT,
+        request_peak_bytes=_COUNT,
+        kv_bytes_per_token=_COUNT,
+    ),
+    speed=_part(
+        "engine batch prompt_tokens new_tokens runs warmup load_s ttft_s e2e_s output_tok_s",
+        engine=_TEXT,
+        batch=_COUNT,
+        prompt_tokens=_COUNT,
+        new_tokens=_COUNT,
+        runs=_COUNT,
+        warmup=_COUNT,
+        load_s=_NUMBER,
+        first_call_s=_NUMBER,
+        ttft_s=_SUMMARY,
+        itl_s=_SUMMARY,
+        tpot_s=_SUMMARY,
+        e2e_s=_SUMMARY,
+        output_tok_s=_NUMBER,
+        decode_tok_s=_NUMBER,
+        copy_bytes_per_s=_NUMBER,
+        roofline_share=_NUMBER,
+    ),
+    quality=_part(
+        "protocol text text_sha256 tokens ppl ppl_stderr",
+        protocol=_TEXT,
+        text=_TEXT,
+        text_sha256=_TEXT,
+        tokens=_COUNT,
+        ppl=_NUMBER,
+        ppl_stderr=_NUMBER,
+        bits_per_byte=_NUMBER,
+    ),
+    notes={"type": "array", "items": _TEXT},
+    failure=_part("reason", reason=_TEXT),
+    rows={"type": "array", "items": {"type": "object"}},
+) | {
+    "if": {"properties": {"kind": {"const": "bench"}}},
+    "then": {"required": ["model", "scheme"], "anyOf": [{"required": ["failure"]}, {"required": ["memory", "speed"]}]},
+}
+
+
+def validate(record: dict, where: str = "record") -> dict:
+    """The record itself if it follows the schema.
+
+    Raises QwlibError that names the first place where it does not.
+    """
+    import jsonschema
+
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(RECORD).iter_errors(record))
+    if error:
+        place = ".".join(str(part) for part in error.absolute_path) or "the top level"
+        raise QwlibError(f"{where} is not a valid record: {place}: {error.message[:200]}")
+    if bad := next(_unmeasured(record), None):
+        raise QwlibError(f"{where} is not a valid record: {bad} (leave out what was not measured)")
+    return record
+
+
+def _unmeasured(value, place: str = ""):
+    if value is None:
+        yield f"{place} is null"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is {value}"
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _unmeasured(inner, f"{place}.{key}".lstrip("."))
+
+
+def write(record: dict, path: Path) -> Path:
+    """Validate and write atomically; the path comes back."""
+    validate(record)
+    return files.write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> dict:
+    """Read and validate.
+
+    Raises QwlibError for a missing, damaged, half-written or foreign file.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QwlibError(f"there is no record at {path}") from None
+    except (OSError, ValueError) as error:
+        raise QwlibError(f"{path} is damaged or half-written ({error}): measure again") from None
+    return validate(record, str(path))
+
+
+def new(kind: str, **parts) -> dict:
+    """A record of this moment and this machine; parts that are None are left out."""
+    base = {"schema": SCHEMA, "kind": kind, "created": datetime.now(UTC).isoformat(), "env": environment()}
+    return base | {name: part for name, part in parts.items() if part is not None}
+
+
+def environment() -> dict:
+    """Python, platform, processor, device and package versions; nothing that names a user or a path."""
+    import os
+    from importlib import metadata
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": f"{_cpu_name()}, {cores} cores",
+        "device": device_name(),
+        "packages": versions,
+    }
+
+
+def device_name(device=None) -> str:
+    """The GPU's name or the processor's; of the device that `load` would pick where none is given."""
+    import torch
+
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

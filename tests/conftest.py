@@ -1,0 +1,63 @@
+"""Fixtures: the embedded model loaded once, and tiny random models of every architecture in the catalog."""
+
+import pytest
+
+import qwlib
+from qwlib import catalog
+
+TINY = {  # shapes small enough to load in a moment; several are no multiple of a 64-block, or have odd vocabularies
+    "llama": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2": {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "gemma2": {
+        "hidden_size": 144,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "opt": {
+        "hidden_size": 128,
+        "ffn_dim": 256,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 72,
+        "do_layer_norm_before": False,
+        "tie_word_embeddings": True,
+    },
+    "gpt_neox": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4},
+}
+
+
+def tiny_config(kind: str) -> dict:
+    shape = {"num_hidden_layers": 2, "vocab_size": 1001, "max_position_embeddings": 256}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return {"model_type": kind} | shape | ids | TINY[kind]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A function: kind → folder with a random checkpoint of that architecture and the embedded tokenizer."""
+    import json
+
+    from qwlib import memory, random_weights
+
+    made = {}
+
+    def make(kind: str):
+        if kind not in made:
+            shapes = tmp_path_factory.mktemp(kind)
+            (shapes / "config.json").write_text(json.dumps(tiny_config(kind)))
+            made[kind] = tmp_path_factory.mktemp(f"{kind}-weights")
+            random_weights.write(memory.meta_model(catalog.find(str(shapes))), made[kind])
+        return str(made[kind])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """The embedded model in bf16."""
+    with qwlib.load("smollm2-135m", "bf16") as loaded:
+        yield loaded

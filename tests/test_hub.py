@@ -1,0 +1,137 @@
+"""The Hub's protocol over loopback: a small server that answers as the Hub does, and a child process that is sent to it.
+
+What the Hub itself would show (real gated repositories, real revisions) is marked `hub` and run by hand.
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+TOKEN = "hf_" + "Q" * 34
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tiny_folder):
+    """(address, requests seen): `good/tiny` is a model, `gated/…` asks for a licence, everything else is not there."""
+    folder, seen = Path(tiny_folder("qwen2")), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, status: int, body: bytes = b"", **headers):
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("Authorization")))
+            parts = self.path.split("?")[0].strip("/").split("/")
+            parts = parts[2:] if parts[:2] == ["api", "models"] else parts
+            if parts[0] == "gated":
+                return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access to model is restricted")
+            if parts[0] != "good":
+                return self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            if parts[2:3] == ["tree"] and len(parts) == 4:
+                tree = [
+                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"} for p in folder.iterdir()
+                ]
+                return self.answer(200, json.dumps(tree).encode())
+            if parts[2:3] == ["tree"]:
+                return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+            if parts[2:3] != ["resolve"]:
+                files = [{"rfilename": p.name} for p in folder.iterdir()]
+                return self.answer(200, json.dumps({"id": "good/tiny", "sha": COMMIT, "siblings": files}).encode())
+            file = folder / parts[-1]
+            if not file.is_file():
+                return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+            body = file.read_bytes()
+            return self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    server.shutdown()
+
+
+def estimate_and_load(model: str, address: str, home: Path) -> subprocess.CompletedProcess:
+    code = (
+        "import sys, qwlib\n"
+        "try:\n"
+        f"    e = qwlib.estimate({model!r}, 'nf4')\n"
+        f"    with qwlib.load({model!r}, 'nf4', device='cpu') as lm:\n"
+        "        print(e.weights_bytes + e.state_bytes, lm.memory['weights_bytes'] + lm.memory['state_bytes'])\n"
+        "        print(lm.stream([[5, 6]], new_tokens=3).shape)\n"
+        "except qwlib.QwlibError as error:\n"
+        "    print('QwlibError', error)\n"
+    )
+    settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | settings)
+
+
+def test_a_hub_id_loads_like_a_name(hub, tmp_path):
+    address, seen = hub
+    done = estimate_and_load("good/tiny", address, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "QwlibError" not in done.stdout, done.stdout
+    first, second = done.stdout.splitlines()
+    predicted, measured = first.split()
+    assert predicted == measured
+    assert second == "torch.Size([1, 3])"
+    assert any(path.endswith(".safetensors") for path, _ in seen)
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
+    address, seen = hub
+    done = estimate_and_load("good/tiny", address, tmp_path)
+    assert {token for _, token in seen} == {f"Bearer {TOKEN}"}
+    assert TOKEN not in done.stdout + done.stderr
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("gated/model", "is gated and this token may not read it"),
+        ("no-one/nothing", "the Hub has no model 'no-one/nothing'"),
+    ],
+)
+def test_refusals_of_the_hub_are_one_line(hub, tmp_path, model, message):
+    done = estimate_and_load(model, hub[0], tmp_path)
+    assert message in done.stdout, done.stdout + done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_hub_out_of_reach_is_one_line(tmp_path):
+    done = estimate_and_load("good/tiny", "http://127.0.0.1:9", tmp_path)
+    assert "can't be fetched from the Hub" in done.stdout, done.stdout + done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
+@pytest.mark.hub
+def test_pinned_revisions_exist_and_hold_the_stored_configuration():
+    """Needs the Hub: every catalog row's configuration at its revision has the shape that is stored here."""
+    from transformers import AutoConfig
+
+    from qwlib import catalog
+
+    for row in catalog.MODELS.values():
+        if row.source is not None and not row.licence_page:
+            theirs = AutoConfig.from_pretrained(row.source, revision=row.revision).to_dict()
+            ours = row.config().to_dict()
+            shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+            assert [theirs[key] for key in shape] == [ours[key] for key in shape], row.name

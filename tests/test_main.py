@@ -1,0 +1,94 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qwlib import catalog, schemes
+
+
+def cli(*arguments, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "qwlib", *arguments], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def test_importing_costs_no_heavy_package():
+    code = "import sys, qwlib; print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_lists_hold_every_row():
+    models, rows = cli("models"), cli("schemes")
+    assert all(name in models.stdout for name in catalog.MODELS)
+    assert all(name in rows.stdout for name in schemes.SCHEMES)
+    assert models.returncode == rows.returncode == 0
+
+
+def test_estimate_prints_gigabytes():
+    done = cli("estimate", "--model", "llama-3.1-8b", "--scheme", "nf4-dq")
+    assert "5.592" in done.stdout
+    assert "8.030 billion" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("estimate", "--model", "nope"), "unknown model"),
+        (("bench", "--scheme", "nf5"), "unknown scheme"),
+        (("bench", "--weights", "rnd"), "trained or random"),
+        (("bench", "--weights", "random", "--quality"), "no quality"),
+    ],
+)
+def test_mistakes_are_one_line_and_no_traceback(arguments, message):
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_bench_measures_the_reference_first_and_writes_records(tmp_path):
+    done = cli(
+        "bench",
+        "--scheme",
+        "nf4",
+        "--runs",
+        "1",
+        "--new-tokens",
+        "4",
+        "--quality",
+        "--blocks",
+        "1",
+        "--out",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("│")]
+    assert lines[0].split()[1] == "bf16"
+    assert lines[1].split()[1] == "nf4"
+    stored = sorted(p.name for p in tmp_path.glob("*.json"))
+    assert stored == ["smollm2-135m-trained-bf16-1x64+4.json", "smollm2-135m-trained-nf4-1x64+4.json"]
+    assert json.loads((tmp_path / stored[1]).read_text())["quality"]["protocol"] == "gptq-512"
+
+
+@pytest.mark.slow
+def test_bench_on_random_weights_needs_no_download(tmp_path):
+    done = cli(
+        "bench",
+        "--model",
+        "opt-350m",
+        "--weights",
+        "random",
+        "--runs",
+        "1",
+        "--new-tokens",
+        "4",
+        "--out",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert "failed" not in done.stdout

@@ -1,0 +1,81 @@
+"""How notebooks are written; that they run is `make run`'s to show, and the runner's tests say what counts as a run."""
+
+import ast
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def tagged(path: Path, tag: str) -> list[dict]:
+    return [cell for cell in cells(path) if tag in cell["metadata"].get("tags", [])]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+class TestNotebook:
+    def test_nothing_that_was_executed_is_stored(self, path):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        assert "widgets" not in whole["metadata"]
+        assert "papermill" not in whole["metadata"]
+        for cell in whole["cells"]:
+            assert not cell.get("outputs")
+            assert cell.get("execution_count") is None
+
+    def test_the_opening_is_the_same_everywhere(self, path):
+        first, second, third, *_ = cells(path)
+        assert first["cell_type"] == "markdown"
+        for part in ("colab-badge.svg", "\n# ", "At the end you will be able to", "**Time**", "**Hardware**"):
+            assert part in source(first)
+        assert tagged(path, "setup") == [second]
+        assert "print(qwlib.banner())" in source(third)
+
+    def test_parameters_are_plain_lines_with_help(self, path):
+        (cell,) = tagged(path, "parameters")
+        names = []
+        for line in source(cell).splitlines():
+            code, _, text = line.partition("  # ")
+            (statement,) = ast.parse(code).body
+            assert isinstance(statement, ast.AnnAssign)
+            assert statement.annotation.id in ("str", "int", "float", "bool")
+            assert statement.target.id.isupper()
+            assert len(text) > 10
+            names.append(statement.target.id)
+        assert "OUT" in names
+
+    def test_the_last_cell_writes_the_record(self, path):
+        assert tagged(path, "record") == [cells(path)[-1]]
+        assert 'record.write(record.new("notebook"' in source(cells(path)[-1])
+
+    def test_shell_commands_stand_in_the_setup_cell_only(self, path):
+        for cell in cells(path):
+            if cell["cell_type"] == "code" and "setup" not in cell["metadata"].get("tags", []):
+                assert not any(line.lstrip().startswith(("!", "%")) for line in source(cell).splitlines())
+
+    def test_it_reads_at_a_walking_pace(self, path):
+        kinds = [cell["cell_type"] for cell in cells(path)]
+        assert "codecodecode" not in "".join(kinds[3:])  # the opening has set-up and imports, then parameters
+        lines = [len(source(c).splitlines()) for c in cells(path) if c["cell_type"] == "code"]
+        assert statistics.median(lines) <= 8
+        assert sorted(lines)[int(0.9 * (len(lines) - 1))] <= 20
+        assert 1 <= kinds.count("markdown") / kinds.count("code") <= 2
+
+    def test_it_ends_with_a_summary_and_exercises(self, path):
+        closing = next(source(c) for c in reversed(cells(path)) if c["cell_type"] == "markdown")
+        for part in ("## Summary", "**Exercises**", "**Next**"):
+            assert part in closing

@@ -1,0 +1,37 @@
+import pytest
+
+from qwlib import catalog, memory, schemes
+
+
+@pytest.mark.parametrize("fmt", schemes.BITS)
+def test_bits_per_weight_agree_with_bytes(fmt):
+    weights, state = memory.stored_bytes((16384, 16384), fmt)
+    assert 8 * (weights + state) / 16384**2 == pytest.approx(schemes.BITS[fmt], rel=1e-3)
+    assert 8 * weights / 16384**2 != pytest.approx(schemes.BITS[fmt] * 1.01, rel=1e-3)
+
+
+def test_double_quantization_costs_what_the_paper_says():
+    """QLoRA, arXiv 2305.14314, section 3: from 0.5 to 0.127 bits a parameter."""
+    assert schemes.BITS["nf4"] - 4 == 0.5
+    assert schemes.BITS["nf4-dq"] - 4 == pytest.approx(0.127, abs=5e-4)
+
+
+def test_an_unknown_scheme_gets_the_nearest_ones():
+    with pytest.raises(ValueError, match="did you mean nf4"):
+        schemes.find("nf4dq")
+
+
+def test_embedding_and_head_are_stored_alike_everywhere():
+    """Most models tie the two: a row that stores them differently could not be loaded there."""
+    for scheme in schemes.SCHEMES.values():
+        assert scheme.embedding == scheme.head
+        assert scheme.base in ("fp32", "bf16", "fp16")
+
+
+def test_the_plan_names_every_linear_layer_once():
+    shapes = memory.meta_model(catalog.find("opt-350m"))
+    plan = schemes.plan(shapes, schemes.find("nf4-mixed"))
+    assert plan["lm_head"] == plan["model.decoder.embed_tokens"] == "int8"
+    assert plan["model.decoder.project_in"] == plan["model.decoder.layers.23.fc2"] == "nf4-dq"
+    assert len(plan) == 24 * 6 + 2 + 2
+    assert "model.decoder.embed_positions" not in plan
