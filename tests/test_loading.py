@@ -348,3 +348,27 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path, tiny_folder):
     save_file(weights | {name: weights[name][:-1]}, file, metadata={"format": "pt"})
     with pytest.raises(QwlibError, match=f"lacks 1 of its weights, {name}"), qwlib.load(str(tmp_path / "m")):
         pass
+
+
+def test_ipython_forgets_what_a_cell_showed(tmp_path):
+    """In a shell of its own: a model shown by a cell is let go, and `_` goes on working."""
+    import subprocess
+    import sys
+
+    code = """
+import warnings
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+warnings.simplefilter("error")
+run = lambda text: shell.run_cell(text, store_history=True).raise_error()
+run("import contextlib, weakref, qwlib; stack = contextlib.ExitStack()")
+run("lm = stack.enter_context(qwlib.load('smollm2-135m')); watch = weakref.ref(lm.model)")
+run("lm.model")
+run("assert _ is lm.model and Out")
+run("stack.close()")
+run("assert watch() is None, 'still held'")
+run("6 * 7")
+run("assert _ == 42")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]

@@ -92,3 +92,22 @@ def test_bench_on_random_weights_needs_no_download(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*.json"))) == 2
     assert "failed" not in done.stdout
+
+
+def test_run_ends_with_an_error_if_a_notebook_failed(tmp_path):
+    import nbformat
+
+    good = """from pathlib import Path
+from qwlib import record
+record.write(record.new("notebook"), Path(OUT) / "record.json")"""
+    for name, body in (("good", good), ("bad", "1 / 0")):
+        first = nbformat.v4.new_code_cell('OUT: str = ""  # folder', metadata={"tags": ["parameters"]})
+        cells = [first, nbformat.v4.new_code_cell(body)]
+        metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path / f"{name}.ipynb")
+    alone = cli("run", str(tmp_path / "good.ipynb"), "--out", str(tmp_path / "runs"))
+    both = cli("run", str(tmp_path / "bad.ipynb"), str(tmp_path / "good.ipynb"), "--out", str(tmp_path / "runs"))
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert both.returncode == 1
+    assert "ZeroDivisionError" in both.stdout
+    assert "good.ipynb passed" in both.stdout
