@@ -309,16 +309,19 @@ def test_nothing_is_logged_or_warned(capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["bf16", "nf4-dq", "nf4-all"])
 def test_twenty_loads_leave_nothing_behind(scheme):
-    """Resident memory (on a GPU, allocated memory) after 20 loads and forwards, against after two."""
+    """Resident memory (on a GPU, allocated memory) after 20 more loads and forwards, against after the first four.
+
+    The C library's arenas settle over the first loads, and single readings jitter: a leak would show in every late one.
+    """
     device, _ = loading.pick_device()
     marks = []
-    for _ in range(22):
+    for _ in range(24):
         with qwlib.load("smollm2-135m", scheme) as one:
             one.stream([[1, 2, 3]], new_tokens=2)
         memory.give_back()
         marks.append(memory.used_bytes(device))
-    start = max(marks[1], 1)
-    assert (marks[-1] - start) / start < 0.02
+    start = max(*marks[1:4], 1)
+    assert (min(marks[-3:]) - start) / start < 0.02
     kept = torch.ones(int(start * 0.03) + 1, dtype=torch.uint8, device=device)
     assert (memory.used_bytes(device) - start) / start > 0.02 or kept is None
 
