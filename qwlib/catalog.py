@@ -29,7 +29,7 @@ class Adapter:
 class Model:
     """A row of the catalog, or a Hub id or folder that a user named.
 
-    `source` is what `from_pretrained` takes (`None` for the embedded model, which is unpacked first); `licence_page` is
+    `source` is what `from_pretrained` takes (`None` for a model in PyPI packages, which is unpacked first); `licence_page` is
     set where the Hub asks a user to accept a licence; `adapter` goes over `source`; `config_name` names the stored configuration.
     """
 
@@ -63,6 +63,13 @@ MODELS = {
             licence="Apache-2.0",
             config_name="smollm2-135m",
             what="SmolLM2-135M-Instruct, embedded: no network needed",
+        ),
+        Model(
+            "gemma-3-270m",
+            None,
+            licence="Gemma terms of use",
+            config_name="gemma-3-270m",
+            what="Gemma-3-270m, base model, if its PyPI packages are installed: no network needed",
         ),
         Model(
             "opt-350m",

@@ -1,9 +1,14 @@
 """Records side by side: the rows of a table, with the 16-bit reference first.
 
 A ratio stands only between records of one machine and one request shape. A record that failed is a row with its reason.
+Columns carry their unit; `PPL +%` is the quantized perplexity over the reference's, paired token by token, and `top-1 %`
+the share of tokens where both like the same word best. A `±` is a standard error.
 """
 
-from . import schemes
+import html
+from pathlib import Path
+
+from . import files, schemes
 
 
 def order(records: list[dict]) -> list[dict]:
@@ -37,6 +42,9 @@ def row(record: dict, reference: dict | None) -> dict:
         }
     if "ppl" in quality:
         out |= {"PPL": quality["ppl"], "PPL ±": quality["ppl_stderr"]}
+    if kld := quality.get("kld"):
+        out |= {"PPL +%": 100 * (kld["ppl_ratio"] - 1), "+% ±": 100 * kld["ppl_ratio_stderr"]}
+        out |= {"KLD": kld["mean"], "KLD ±": kld["stderr"], "top-1 %": 100 * kld["top1"]}
     if reference:
         theirs = reference["memory"]["weights_bytes"] + reference["memory"]["state_bytes"]
         out["saved %"] = 100 * (1 - held / theirs)
@@ -59,29 +67,102 @@ def rows(records: list[dict]) -> list[dict]:
     return [row(r, references.get(_shape(r)) if "failure" not in r else None) for r in ordered]
 
 
-COLUMNS = {  # heading: format, in the order of printing
-    "bits/weight": ".2f",
-    "weights GB": ".3f",
-    "saved %": ".1f",
-    "load s": ".1f",
-    "TTFT ms": ".0f",
-    "ITL p50 ms": ".1f",
-    "ITL p95 ms": ".1f",
-    "decode tok/s": ".1f",
-    "× 16-bit": ".2f",
-    "PPL": ".2f",
-    "PPL ±": ".2f",
+COLUMNS = {  # heading: format, and whether less (-1) or more (+1) is better; in the order of printing
+    "bits/weight": (".2f", 0),
+    "weights GB": (".3f", -1),
+    "saved %": (".1f", 1),
+    "load s": (".1f", 0),
+    "TTFT ms": (".0f", -1),
+    "ITL p50 ms": (".1f", -1),
+    "ITL p95 ms": (".1f", -1),
+    "decode tok/s": (".1f", 1),
+    "× 16-bit": (".2f", 1),
+    "PPL": (".2f", -1),
+    "PPL ±": (".2f", 0),
+    "PPL +%": (".1f", -1),
+    "+% ±": (".1f", 0),
+    "KLD": (".4f", -1),
+    "KLD ±": (".4f", 0),
+    "top-1 %": (".1f", 1),
 }
+
+
+_ERRORS = {"PPL": "PPL ±", "PPL +%": "+% ±", "KLD": "KLD ±"}
 
 
 def cells(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     """(headings, rows of text) for any table: a failure fills the second column, columns that nobody has are left out."""
     flat = rows(records)
-    used = [name for name in COLUMNS if any(name in r for r in flat)]
+    used = [name for name in COLUMNS if any(name in r for r in flat) and name not in _ERRORS.values()]
+
+    def cell(r, name):
+        return format(r[name], COLUMNS[name][0]) if name in r else ""
+
     body = []
     for r in flat:
         if "failure" in r:
             body.append([r["scheme"], f"failed: {r['failure']}"])
         else:
-            body.append([r["scheme"], *(format(r[name], COLUMNS[name]) if name in r else "" for name in used)])
+            errors = [f" ± {cell(r, _ERRORS[name])}" if _ERRORS.get(name) in r else "" for name in used]
+            body.append([r["scheme"], *(cell(r, name) + error for name, error in zip(used, errors, strict=True))])
     return ["scheme", *used], body
+
+
+def protocol(record: dict) -> str:
+    """What stands under a table of perplexities: protocol, text, its hash and the number of tokens."""
+    q = record["quality"]
+    kld = f"; divergence from {q['kld']['reference']} over {q['kld']['tokens']:,} of them" if "kld" in q else ""
+    return f"PPL: {q['protocol']} on {q['text']} (sha256 {q['text_sha256'][:12]}), {q['tokens']:,} tokens{kld}"
+
+
+def frame(records: list[dict]):
+    """A pandas DataFrame, a row a record; `failed` is there where a row has a reason instead of figures."""
+    import pandas
+
+    table = pandas.DataFrame([r | ({"failed": r["failure"]} if "failure" in r else {}) for r in rows(records)])
+    return table[[name for name in ("model", "scheme", *COLUMNS, "failed") if name in table]]
+
+
+def styled(records: list[dict]):
+    """`frame` as a pandas Styler: each model's best cells green, its worst red, told apart with any colour blindness.
+
+    Bluish green and vermilion of Okabe and Ito's palette, washed out so that dark text reads on them.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    scale = LinearSegmentedColormap.from_list("washed", ["#7fcfb5", "#fbf8ef", "#f2a474"])
+    table = frame(records)
+
+    def shade(column):
+        worse = (-COLUMNS[column.name][1] * column).groupby(table["model"])
+        low, high = worse.transform("min"), worse.transform("max")
+        place = (-COLUMNS[column.name][1] * column - low) / (
+            high - low
+        )  # 0 best, 1 worst; no number where all are alike
+        return [f"background-color: {to_hex(scale(p))}; color: #222" if p >= 0 else "" for p in place]
+
+    return (
+        table.style.hide(axis="index")
+        .apply(shade, subset=[name for name in table if COLUMNS.get(name, ("", 0))[1]])
+        .format({name: f"{{:{COLUMNS[name][0]}}}" for name in table if name in COLUMNS}, na_rep="", escape="html")
+        .set_properties(subset=[name for name in table if name in COLUMNS], **{"text-align": "right"})
+    )
+
+
+def export(records: list[dict], folder: Path) -> list[Path]:
+    """Write `table.csv` (full precision), `table.md` and `table.html` into `folder`; the paths come back."""
+    headings, body = cells(records)
+    models = [r["model"] for r in rows(records)]
+    lines = [["model", *headings], ["---"] * (len(headings) + 1)]
+    lines += [[model, *row, *[""] * (len(headings) - len(row))] for model, row in zip(models, body, strict=True)]
+    markdown = "".join(
+        "| " + " | ".join(html.escape(cell, quote=False).replace("|", "\\|") for cell in line) + " |\n"
+        for line in lines
+    )
+    under = dict.fromkeys(protocol(r) for r in records if "quality" in r)
+    texts = {
+        "table.csv": frame(records).to_csv(),
+        "table.md": markdown + "".join(f"\n{line}\n" for line in under),
+        "table.html": styled(records).to_html(doctype_html=True),
+    }
+    return [files.write_text(Path(folder) / name, text) for name, text in texts.items()]

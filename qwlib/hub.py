@@ -24,6 +24,22 @@ def fetch(row) -> str:
         return snapshot_download(row.source, revision=row.revision, allow_patterns=_WANTED, ignore_patterns=["*/*"])
 
 
+def fetch_data(repository: str, path: str) -> str:
+    """One file of a data set on the Hub, in the Hub's own cache.
+
+    Raises QwlibError where it can't be had.
+    """
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repository, path, repo_type="dataset")
+    except (OSError, ValueError, httpx.TransportError) as error:  # the Hub's own errors are OSError or ValueError
+        raise QwlibError(
+            f"{repository} can't be fetched from the Hub ({type(error).__name__}): name a text file instead"
+        ) from None
+
+
 @contextlib.contextmanager
 def explained(row) -> Iterator[None]:
     """Errors of the Hub, of a checkpoint and of the allocator as one line; `row` is a `catalog.Model`."""

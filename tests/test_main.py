@@ -71,7 +71,10 @@ def test_bench_measures_the_reference_first_and_writes_records(tmp_path):
     assert lines[1].split()[1] == "nf4"
     stored = sorted(p.name for p in tmp_path.glob("*.json"))
     assert stored == ["smollm2-135m-trained-bf16-1x64+4.json", "smollm2-135m-trained-nf4-1x64+4.json"]
-    assert json.loads((tmp_path / stored[1]).read_text())["quality"]["protocol"] == "gptq-512"
+    quality = json.loads((tmp_path / stored[1]).read_text())["quality"]
+    assert quality["protocol"] == "gptq-512"
+    assert quality["kld"]["tokens"] == 511
+    assert "PPL: gptq-512 on pydoc_data.topics" in done.stdout
 
 
 @pytest.mark.slow

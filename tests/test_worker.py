@@ -38,9 +38,13 @@ def test_a_killed_worker_is_a_row_with_its_reason(tmp_path, monkeypatch):
 def test_a_text_that_is_not_there_is_told_before_loading(monkeypatch):
     monkeypatch.setattr(worker.loading, "load", None)  # calling it would raise
     with pytest.raises(QwlibError, match="can't read the text"):
-        worker.run(JOB | {"quality": {"text_file": "/no/such/file"}})
+        worker.run(JOB | {"quality": {"text": "/no/such/file"}})
     with pytest.raises(QwlibError, match="unknown protocol"):
         worker.run(JOB | {"quality": {"protocol": "wikitext"}})
+    with pytest.raises(QwlibError, match="unknown key 'block'"):
+        worker.run(JOB | {"quality": {"block": 3}})
+    with pytest.raises(QwlibError, match="no finished reference"):
+        worker.run(JOB | {"quality": {"reference": "/no/such/folder"}})
 
 
 def test_a_worker_that_is_too_slow_is_stopped(tmp_path):
@@ -59,7 +63,8 @@ def test_an_old_record_is_not_taken_for_a_new_one(tmp_path):
     ("job", "message"),
     [
         ({"model": "smollm2-135m"}, "needs scheme"),
-        (JOB | {"batches": 3}, "unknown key 'batches'"),
+        (JOB | {"sizes": 3}, "unknown key 'sizes'"),
+        (JOB | {"batches": 3}, "must be"),
         (JOB | {"batch": "3"}, "must be"),
     ],
 )
