@@ -65,6 +65,13 @@ def parts(model: str = "smollm2-135m") -> list[Path]:
     return found
 
 
+def installed() -> list[str]:
+    """The packaged models that are there."""
+    return [
+        model for model, packaged in PACKAGED.items() if all(importlib.util.find_spec(m) for m, _ in packaged.parts)
+    ]
+
+
 def sha256(model: str = "smollm2-135m") -> str:
     """Hex SHA-256 of the model's GGUF file.
 

