@@ -68,6 +68,8 @@ def divergence(
         return measure(lm, text, reference=reference, **options)["kld"]
     with Reference.temporary() as kept:
         measure(reference, text, keep=kept, **options)
+        if not kept.tokens:
+            raise QwlibError(f"no room for the reference's scores in {kept.folder}: set QWLIB_CACHE to a larger disk")
         return measure(lm, text, reference=kept, **options)["kld"]
 
 
@@ -96,9 +98,8 @@ def measure(
     if reference:
         reference.check(lm, **facts)
         reference.rewind()
-    found = torch.empty(
-        4, scan.tokens, dtype=torch.float64, device=lm.device
-    )  # loss, divergence, same favourite, shift
+    # loss, divergence, same favourite or not, difference of losses
+    found = torch.empty(4, scan.tokens, dtype=torch.float64, device=lm.device)
     done = compared = 0
     for scores, targets in scan.slices():
         place = slice(done, done := done + len(targets))

@@ -268,6 +268,19 @@ def test_another_text_protocol_or_vocabulary_is_not_compared(lm32, tiny_folder):
                 quality.divergence(lm32, kept, text, protocol=protocol)
 
 
+def test_a_full_disk_is_told(lm32, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    with pytest.raises(QwlibError, match="no room for the reference's scores"):
+        quality.divergence(lm32, lm32, TEXT, protocol="gptq-64", blocks=1)
+
+
+def test_scores_that_overflow_are_told(lm32, monkeypatch):
+    plain = type(lm32).logits
+    monkeypatch.setattr(type(lm32), "logits", lambda *args, **more: plain(*args, **more) * float("inf"))
+    with pytest.raises(QwlibError, match=r"smollm2-135m in fp32 gives scores that are no numbers: torch\.float32"):
+        quality.perplexity(lm32, TEXT, protocol="gptq-64", blocks=1)
+
+
 @pytest.mark.hub
 def test_the_published_perplexity_of_llama(capsys):
     """Llama-3.1-8B has 6.24 under `gptq-2048`; needs a GPU with 20 GB, HF_TOKEN and the licence."""
