@@ -129,7 +129,7 @@ def bench(
         f"{row.name} ({weights} weights) on {device}; batch {batch}, {prompt_tokens} + {new_tokens} tokens, {runs} runs"
     )
     _table(title, *compare.cells(records))
-    for line in dict.fromkeys(compare.protocol(r) for r in records if "quality" in r):
+    for line in compare.protocols(records):
         print(line)
     print(f"records: {out}")
     if all("failure" in r for r in records):

@@ -115,6 +115,12 @@ def protocol(record: dict) -> str:
     return f"PPL: {q['protocol']} on {q['text']} (sha256 {q['text_sha256'][:12]}), {q['tokens']:,} tokens{kld}"
 
 
+def protocols(records: list[dict]) -> list[str]:
+    """The lines that stand under a table of these records; the reference's own says nothing that the others' do not."""
+    lines = list(dict.fromkeys(protocol(r) for r in records if "quality" in r))
+    return [line for line in lines if not any(other != line and other.startswith(line) for other in lines)]
+
+
 def frame(records: list[dict]):
     """A pandas DataFrame, a row a record; `failed` is there where a row has a reason instead of figures."""
     import pandas
@@ -159,10 +165,9 @@ def export(records: list[dict], folder: Path) -> list[Path]:
         "| " + " | ".join(html.escape(cell, quote=False).replace("|", "\\|") for cell in line) + " |\n"
         for line in lines
     )
-    under = dict.fromkeys(protocol(r) for r in records if "quality" in r)
     texts = {
         "table.csv": frame(records).to_csv(),
-        "table.md": markdown + "".join(f"\n{line}\n" for line in under),
+        "table.md": markdown + "".join(f"\n{line}\n" for line in protocols(records)),
         "table.html": styled(records).to_html(doctype_html=True),
     }
     return [files.write_text(Path(folder) / name, text) for name, text in texts.items()]

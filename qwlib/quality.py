@@ -213,7 +213,7 @@ class _Scan:
                     told.update(len(ids))
 
     def _rows(self, length: int, scored: int) -> int:
-        room = 2048 if self.lm.device.type == "cpu" else 16384  # tokens at once: more gain nothing there
+        room = 2048 if self.lm.device.type == "cpu" else 16384  # tokens at once
         held = 5e8 / (scored + 1) / self.lm.vocabulary / self.lm.dtype.itemsize
         return self.batch or max(1, min(room // length, int(held)))
 

@@ -37,7 +37,8 @@ class Reference:
         home = files.cache_dir() / "references"
         home.mkdir(parents=True, exist_ok=True)
         for left in home.iterdir():
-            if not psutil.pid_exists(int(left.name.partition("-")[0])):
+            pid = left.name.partition("-")[0]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)
         folder = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=home)
         try:

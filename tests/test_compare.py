@@ -76,6 +76,14 @@ def test_divergence_has_its_columns():
     assert compare.protocol({"quality": QUALITY}).startswith("PPL: gptq-8 on t (sha256 000000000000), 9 tokens; diverg")
 
 
+def test_a_protocol_stands_once_under_a_table():
+    plain = {key: value for key, value in QUALITY.items() if key != "kld"}
+    lines = compare.protocols([made("bf16", quality=plain), made("nf4", quality=QUALITY), made("fp4", quality=QUALITY)])
+    assert lines == [compare.protocol({"quality": QUALITY})]
+    other = compare.protocols([made("bf16", quality=plain), made("nf4", quality=QUALITY | {"protocol": "gptq-9"})])
+    assert len(other) == 2
+
+
 def test_a_value_stands_with_its_error():
     headings, body = compare.cells([made("bf16"), made("nf4", quality=QUALITY)])
     assert headings[-4:] == ["PPL", "PPL +%", "KLD", "top-1 %"]
