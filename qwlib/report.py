@@ -90,9 +90,23 @@ def _page(executed: Path) -> Path | None:
         urls = dict.fromkeys(("mathjax_url", "require_js_url", "mermaid_js_url", "jquery_url"), "")
         tags = Config(SanitizeHTML={"tags": _harmless_tags()})
         exporter = HTMLExporter(config=tags, sanitize_html=True, filters={"clean_html": _clean}, **urls)
-        body, _ = exporter.from_filename(str(executed))
+        body, _ = exporter.from_notebook_node(_without_style_sheets(executed))
         files.write_text(page, body)
     return page
+
+
+def _without_style_sheets(executed: Path):
+    """The notebook, its tables bare: cleaning would take a style sheet's tag away and leave its text standing."""
+    import re
+
+    import nbformat
+
+    notebook = nbformat.read(executed, as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if html_text := output.get("data", {}).get("text/html"):
+                output["data"]["text/html"] = re.sub(r"(?is)<style.*?</style>", "", html_text)
+    return notebook
 
 
 def _harmless_tags() -> list[str]:

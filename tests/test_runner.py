@@ -92,7 +92,10 @@ def test_one_failure_stops_nothing_and_the_page_shows_all(notebook, tmp_path):
 
 def test_the_executed_copy_reads_like_the_notebook(notebook, tmp_path):
     """Headings, tables and folded parts stay, scripts of an output do not, and nothing is fetched from elsewhere."""
-    path = notebook("from IPython.display import HTML\nHTML('<b>bold</b><script>alert(2)</script>')", RECORD)
+    code = (
+        "from IPython.display import HTML\nHTML('<style>td { color: red }</style><b>bold</b><script>alert(2)</script>')"
+    )
+    path = notebook(code, RECORD)
     whole = nbformat.read(path, 4)
     text = "## Title\n\n![badge](https://example.org/x.svg)\n\n|a|b|\n|-|-|\n|1|2|\n\n<details><summary>s</summary>more</details>"
     whole.cells.insert(0, nbformat.v4.new_markdown_cell(text))
@@ -103,6 +106,7 @@ def test_the_executed_copy_reads_like_the_notebook(notebook, tmp_path):
     for part in ("<h2", "<td>1</td>", "<details>", "<b>bold</b>"):
         assert part in body, part
     assert "<script>alert" not in page
+    assert body.count("color: red") == 1  # in the code that is shown, not as a style sheet's leavings
     assert 'src="http' not in page
 
 
