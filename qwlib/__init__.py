@@ -2,9 +2,9 @@
 
 from . import catalog, schemes
 from .errors import QwlibError
+from .estimates import estimate
 from .lm import Lm
 from .loading import banner, load
-from .memory import estimate
 
 __all__ = ["Lm", "QwlibError", "banner", "catalog", "estimate", "load", "schemes"]
 __version__ = "0.1.0"

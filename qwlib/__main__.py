@@ -71,11 +71,11 @@ def estimate(
     context: Annotated[int, typer.Option(min=1, help="tokens in the key-value cache")] = 2048,
 ) -> None:
     """Predict memory from shapes alone; nothing is loaded."""
-    from . import memory
+    from . import estimates
 
     rows = []
     for name in scheme or list(schemes.SCHEMES):
-        e = memory.estimate(model, name, batch=batch, context=context)
+        e = estimates.estimate(model, name, batch=batch, context=context)
         parts = (e.weights_bytes, e.state_bytes, e.kv_bytes, e.total_bytes)
         rows.append([e.scheme, *(f"{part / 1e9:.3f}" for part in parts)])
     title = f"{model}, {e.parameters / 1e9:.3f} billion parameters; GB (10⁹ bytes); cache of {batch} × {context} tokens"

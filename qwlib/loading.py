@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import catalog, embedded, hub, memory, random_weights, schemes
+from . import catalog, embedded, estimates, hub, memory, random_weights, schemes
 from .backends import BACKENDS
 from .errors import QwlibError
 from .lm import Lm, quiet
@@ -118,7 +118,7 @@ def _source(row: catalog.Model, weights: str) -> str:
 
 
 def _check_room(row: catalog.Model, scheme: schemes.Scheme, device) -> None:
-    need = memory.estimate(row, scheme, context=1)
+    need = estimates.estimate(row, scheme, context=1)
     free = memory.free_bytes(device)
     total = need.weights_bytes + need.state_bytes
     if total > free:
@@ -195,7 +195,7 @@ def _quantization(lm: Lm):
         return None
     from .backends import bnb
 
-    shapes = memory.meta_model(lm.row)
+    shapes = estimates.meta_model(lm.row)
     formats = schemes.plan(shapes, lm.scheme)
     head = shapes.get_output_embeddings()
     keep = [name for name, module in shapes.named_modules() if name in formats and module is head]

@@ -12,7 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
-from . import catalog, embedded, files, memory
+from . import catalog, embedded, estimates, files
 from .errors import QwlibError
 
 MARK = "qwlib_weights"  # key of config.json that tells random weights from trained ones
@@ -28,7 +28,7 @@ def checkpoint(row: catalog.Model) -> Path:
     """
     import hashlib
 
-    shapes = memory.meta_model(row)
+    shapes = estimates.meta_model(row)
     key = hashlib.sha256(shapes.config.to_json_string().encode()).hexdigest()[:16]
     folder = files.cache_dir() / f"random-{shapes.config.model_type}-{key}"
     if not folder.is_dir():

@@ -17,7 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from . import embedded, files, loading, memory, quality, record, schemes, texts, timing
+from . import embedded, estimates, files, loading, memory, quality, record, schemes, texts, timing
 from .errors import QwlibError
 from .reference import Reference
 
@@ -53,7 +53,7 @@ def run(job: dict) -> dict:
     """Load, measure memory, speed and (where asked) quality; the record comes back."""
     job = complete(job)
     wanted = _text(job["quality"]) if job["quality"] is not None else None  # a mistake shows before anything is loaded
-    estimate = memory.estimate(job["model"], job["scheme"])
+    estimate = estimates.estimate(job["model"], job["scheme"])
     shape = {key: job[key] for key in ("batch", "prompt_tokens", "new_tokens")}
     with loading.load(job["model"], job["scheme"], weights=job["weights"]) as lm:
         speed = timing.measure_speed(lm, **shape, runs=job["runs"], warmup=job["warmup"])

@@ -41,7 +41,7 @@ def tiny_folder(tmp_path_factory):
     """A function: kind → folder with a random checkpoint of that architecture and the embedded tokenizer."""
     import json
 
-    from qwlib import memory, random_weights
+    from qwlib import estimates, random_weights
 
     made = {}
 
@@ -50,7 +50,7 @@ def tiny_folder(tmp_path_factory):
             shapes = tmp_path_factory.mktemp(kind)
             (shapes / "config.json").write_text(json.dumps(tiny_config(kind)))
             made[kind] = tmp_path_factory.mktemp(f"{kind}-weights")
-            random_weights.write(memory.meta_model(catalog.find(str(shapes))), made[kind])
+            random_weights.write(estimates.meta_model(catalog.find(str(shapes))), made[kind])
         return str(made[kind])
 
     return make

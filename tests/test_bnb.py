@@ -96,15 +96,6 @@ def test_usual_shapes_are_left_to_bitsandbytes():
     assert type(model[0]) is bitsandbytes.nn.Linear4bit
 
 
-@pytest.mark.skipif(not AVX512_BF16, reason="the fault is in the kernel for AVX512-BF16: a CPU without it was right")
-def test_bitsandbytes_own_dequantization_is_wrong_where_a_block_crosses_a_row():
-    _, stored = store(64, 96, double=False)
-    theirs = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
-    assert relative(theirs, by_definition(stored)) > 0.05, (
-        "bitsandbytes mended its AVX512-BF16 kernel: `mend` may be narrowed"
-    )
-
-
 @pytest.mark.skipif(not AVX512_BF16, reason="repacking happens on CPUs with AVX512-BF16")
 @pytest.mark.parametrize("scheme", ["nf4-all", "nf4-mixed"])
 def test_a_tied_embedding_survives_the_heads_first_forward(scheme):

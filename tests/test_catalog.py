@@ -1,6 +1,6 @@
 import pytest
 
-from qwlib import catalog, memory
+from qwlib import catalog, estimates
 from qwlib.errors import QwlibError
 
 PARAMETERS = {  # safetensors totals that the models' Hub pages print
@@ -19,7 +19,7 @@ PARAMETERS = {  # safetensors totals that the models' Hub pages print
 
 @pytest.mark.parametrize("name", catalog.MODELS)
 def test_stored_configurations_have_the_published_size(name):
-    assert sum(p.numel() for p in memory.meta_model(catalog.find(name)).parameters()) == PARAMETERS[name]
+    assert sum(p.numel() for p in estimates.meta_model(catalog.find(name)).parameters()) == PARAMETERS[name]
 
 
 def test_the_embedded_configuration_is_the_unpacked_one(lm):

@@ -73,9 +73,9 @@ def test_the_text_is_the_same_at_every_call():
 def test_gemma_from_its_packages_knows_english():
     """Perplexity on English under a rule that gives every window the BOS token which Gemma can't do without."""
     import qwlib
-    from qwlib import memory, quality
+    from qwlib import estimates, quality
 
-    whole = memory.estimate("gemma-3-270m", "bf16", context=1)
+    whole = estimates.estimate("gemma-3-270m", "bf16", context=1)
     with qwlib.load("gemma-3-270m") as gemma:
         assert gemma.memory["weights_bytes"] == whole.weights_bytes
         assert gemma.tokenizer("a").input_ids[0] == 2

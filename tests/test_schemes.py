@@ -1,11 +1,11 @@
 import pytest
 
-from qwlib import catalog, memory, schemes
+from qwlib import catalog, estimates, schemes
 
 
 @pytest.mark.parametrize("fmt", schemes.BITS)
 def test_bits_per_weight_agree_with_bytes(fmt):
-    weights, state = memory.stored_bytes((16384, 16384), fmt)
+    weights, state = estimates.stored_bytes((16384, 16384), fmt)
     assert 8 * (weights + state) / 16384**2 == pytest.approx(schemes.BITS[fmt], rel=1e-3)
     assert 8 * weights / 16384**2 != pytest.approx(schemes.BITS[fmt] * 1.01, rel=1e-3)
 
@@ -29,7 +29,7 @@ def test_embedding_and_head_are_stored_alike_everywhere():
 
 
 def test_the_plan_names_every_linear_layer_once():
-    shapes = memory.meta_model(catalog.find("opt-350m"))
+    shapes = estimates.meta_model(catalog.find("opt-350m"))
     plan = schemes.plan(shapes, schemes.find("nf4-mixed"))
     assert plan["lm_head"] == plan["model.decoder.embed_tokens"] == "int8"
     assert plan["model.decoder.project_in"] == plan["model.decoder.layers.23.fc2"] == "nf4-dq"

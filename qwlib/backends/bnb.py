@@ -1,7 +1,8 @@
 """bitsandbytes: the configuration that transformers takes, and ways around what bitsandbytes 0.50.2 gets wrong.
 
 transformers replaces the linear layers while it loads. What is left for this file is the embedding and the head (for
-schemes that store them too), and these faults, each of which a test in `tests/test_bnb.py` watches:
+schemes that store them too), and these faults, each of which a test in `tests/test_bnb.py` watches (the
+second in `tests/test_fourbit.py`):
 
 1. `Embedding4bit` with double quantization pairs a row's 8-bit scales with the second-level scales of other rows.
    `StoredEmbedding` gathers both by the row's own block numbers.
