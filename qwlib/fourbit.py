@@ -16,11 +16,12 @@ about equally often (`normal_float`; QLoRA, arXiv 2305.14314). FP4 is a 4-bit fl
 **How it differs from bitsandbytes** (0.50.2), whose packed bytes, scales and nested scales it gives on a CPU bit for bit:
 
 - bitsandbytes' dequantization on CPUs with AVX512-BF16 is wrong where a block crosses a row; this one follows the definition.
-  Elsewhere the two are equal, but that the same CPUs take bfloat16 results below 1.2e-38 for zero.
+  Elsewhere the two are equal, but for what depends on the processor: with AVX512-BF16 bfloat16 results below 1.2e-38 become
+  zero, without it float16 results are rounded away from zero at ties.
 - NaN, infinity and scales whose mean overflows are refused here, and quantized into nonsense there.
-- its GPU kernels compare with midpoints that were rounded to decimals, take the mean in another order, and search the 8-bit
-  map exactly, where the CPU code first rounds a scale to one of 65,536 cells. So a GPU's bytes differ in rare places from a
-  CPU's (`docs/measured.md` counts them). This file follows the CPU's rule on every device.
+- its GPU kernels compare with midpoints that were rounded on their own, and search the 8-bit map exactly, where the CPU code
+  first rounds a scale to one of 65,536 cells. So a GPU's bytes differ in rare places from a CPU's (`docs/measured.md` counts
+  them). This file follows the CPU's rule on every device.
 
 **What it leaves out**: multiplying without writing the weights out again, which is what makes 4-bit fast; and thrift:
 temporaries take several times the tensor (`benchmarks/fourbit.py` puts the times side by side).

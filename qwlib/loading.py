@@ -83,7 +83,7 @@ def load(model: str, scheme: str = "bf16", *, weights: str = "trained", device: 
     where, where_reason = pick_device(device)
     dtype, dtype_reason = pick_dtype(scheme, where)
     _check_room(row, scheme, where)
-    source = _source(row, weights)
+    source = folder(row, weights)
     if random_weights.is_random(row):
         weights = "random"
     lm = Lm(row, scheme, weights, where, where_reason, dtype, dtype_reason)
@@ -108,8 +108,12 @@ def load(model: str, scheme: str = "bf16", *, weights: str = "trained", device: 
         _release(lm, tell=not failed)
 
 
-def _source(row: catalog.Model, weights: str) -> str:
-    """Folder of the checkpoint, unpacked, written or downloaded where it has to be."""
+def folder(model: str, weights: str = "trained") -> str:
+    """Folder of a model's 16-bit checkpoint, unpacked, written or downloaded where it has to be: what `from_pretrained` takes.
+
+    Raises QwlibError for an unknown model, a gated one without a token, or no connection.
+    """
+    row = catalog.find(model)
     if weights == "random":
         return str(random_weights.checkpoint(row))
     if row.source is None:

@@ -9,10 +9,11 @@ import itertools
 import math
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_INK = "#333333"
+INK = "#333333"
 
 
-def _axes(width: float = 7.0, height: float = 3.2, columns: int = 1):
+def axes(width: float = 7.0, height: float = 3.2, columns: int = 1):
+    """(figure, its axes in a row), with the look that all figures here share; sizes in inches."""
     from matplotlib.figure import Figure
 
     class Shown(Figure):
@@ -27,7 +28,7 @@ def _axes(width: float = 7.0, height: float = 3.2, columns: int = 1):
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(colors=_INK)
+        ax.tick_params(colors=INK)
         ax.grid(axis="y", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
     return figure, axes
@@ -35,7 +36,7 @@ def _axes(width: float = 7.0, height: float = 3.2, columns: int = 1):
 
 def arrivals(series: dict[str, list[float]]):
     """When things came, one row a series; `series` maps a label to seconds since the request."""
-    figure, (ax,) = _axes(height=0.9 + 0.55 * len(series))
+    figure, (ax,) = axes(height=0.9 + 0.55 * len(series))
     for row, seconds in enumerate(series.values()):
         ax.eventplot([1e3 * s for s in seconds], lineoffsets=-row, linelengths=0.7, colors=COLOURS[row % len(COLOURS)])
     ax.set_yticks([-row for row in range(len(series))], [f"{label} ({len(s)})" for label, s in series.items()])
@@ -48,7 +49,7 @@ def gap_histogram(gaps: dict[str, list[float]]):
     """Distribution of inter-token latencies; `gaps` maps a scheme to seconds. Dashed lines are medians."""
     import numpy
 
-    figure, (ax,) = _axes()
+    figure, (ax,) = axes()
     highest = max(numpy.percentile(values, 99) for values in gaps.values())
     lowest = min(min(values) for values in gaps.values())
     bins = numpy.linspace(1e3 * lowest * 0.95, 1e3 * highest * 1.05, 50)
@@ -67,7 +68,7 @@ def batch_sweep(sweeps: dict[str, list[dict]]):
 
     Both come from the median gap, which one slow moment of the machine does not move.
     """
-    figure, (left, right) = _axes(width=9.0, columns=2)
+    figure, (left, right) = axes(width=9.0, columns=2)
     for colour, (label, speeds) in zip(itertools.cycle(COLOURS), sweeps.items(), strict=False):
         batches = [s["batch"] for s in speeds]
         left.plot(batches, [s["batch"] / s["itl_s"]["p50"] for s in speeds], "o-", color=colour, label=label)
@@ -84,14 +85,14 @@ def batch_sweep(sweeps: dict[str, list[dict]]):
 
 def memory_bars(rows: dict[str, dict[str, int]]):
     """Stacked bytes (GB) by scheme: weights and quantization state; `rows` maps a scheme to a record's `memory` part."""
-    figure, (ax,) = _axes(width=6.0)
+    figure, (ax,) = axes(width=max(6.0, 1.1 * len(rows)))
     labels = list(rows)
     weights = [rows[k]["weights_bytes"] / 1e9 for k in labels]
     state = [rows[k]["state_bytes"] / 1e9 for k in labels]
     ax.bar(labels, weights, color=COLOURS[0], width=0.5, label="weights")
     ax.bar(labels, state, bottom=weights, color=COLOURS[1], width=0.5, label="scales and code books")
     for x, total in enumerate(w + s for w, s in zip(weights, state, strict=True)):
-        ax.annotate(f"{total:.3f}", (x, total), ha="center", va="bottom", color=_INK)
+        ax.annotate(f"{total:.3f}", (x, total), ha="center", va="bottom", color=INK)
     ax.set_ylabel("GB (10⁹ bytes)")
     ax.margins(y=0.12)
     ax.legend(frameon=False)
@@ -100,13 +101,13 @@ def memory_bars(rows: dict[str, dict[str, int]]):
 
 def predicted_and_measured(rows: dict[str, tuple[float, float]], unit: str):
     """Pairs of bars on a logarithmic axis; `rows` maps a label to (prediction, measurement)."""
-    figure, (ax,) = _axes(width=6.0)
+    figure, (ax,) = axes(width=6.0)
     for shift, index, name in ((-0.2, 0, "predicted limit"), (0.2, 1, "measured")):
         values = [pair[index] for pair in rows.values()]
         places = [x + shift for x in range(len(rows))]
         ax.bar(places, values, width=0.38, color=COLOURS[index], label=name)
         for x, value in zip(places, values, strict=True):
-            ax.annotate(f"{value:.3g}", (x, value), ha="center", va="bottom", color=_INK)
+            ax.annotate(f"{value:.3g}", (x, value), ha="center", va="bottom", color=INK)
     ax.set_yscale("log")
     ax.margins(y=0.2)
     ax.set_xticks(range(len(rows)), list(rows))
@@ -120,7 +121,7 @@ def pareto(rows: dict[str, tuple[float, float, float]], *, metric: str = "perple
 
     The line joins the schemes that no other one beats on both.
     """
-    figure, (ax,) = _axes(width=7.5, height=4.0)
+    figure, (ax,) = axes(width=7.5, height=4.0)
     front = [name for name, (x, y, _) in rows.items() if not any(a <= x and b < y for a, b, _ in rows.values())]
     front.sort(key=lambda name: rows[name][0])
     ax.plot([rows[n][0] for n in front], [rows[n][1] for n in front], color=COLOURS[2], linewidth=1.5, zorder=1)
@@ -143,7 +144,7 @@ def _label(ax, points: dict[str, tuple[float, float]]):
         near = sum(abs(x - a) < 0.12 * width and abs(y - b) < 0.05 * height for a, b in placed)
         placed.append((x, y))
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        ax.annotate(name, (x, y), (9, 4 - 13 * near), textcoords="offset points", color=_INK, fontsize=9, bbox=ground)
+        ax.annotate(name, (x, y), (9, 4 - 13 * near), textcoords="offset points", color=INK, fontsize=9, bbox=ground)
 
 
 def degradation(rows: dict[str, dict[str, tuple[float, float]]], *, claim: float = 5.0):
@@ -152,22 +153,22 @@ def degradation(rows: dict[str, dict[str, tuple[float, float]]], *, claim: float
     Bars carry 95 % intervals; the dashed line is what is often promised.
     """
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    figure, (ax,) = _axes(width=max(6.0, 1.1 * len(names)))
+    figure, (ax,) = axes(width=max(6.0, 1.1 * len(names)))
     width = 0.8 / len(rows)
     for number, (colour, (model, values)) in enumerate(zip(itertools.cycle(COLOURS), rows.items(), strict=False)):
         places = [names.index(name) + (number - (len(rows) - 1) / 2) * width for name in values]
         heights, errors = [v for v, _ in values.values()], [1.96 * e for _, e in values.values()]
-        ax.bar(places, heights, width * 0.9, yerr=errors, color=colour, capsize=3, label=model, ecolor=_INK)
+        ax.bar(places, heights, width * 0.9, yerr=errors, color=colour, capsize=3, label=model, ecolor=INK)
         for x, (value, error) in zip(places, values.values(), strict=True):
             ax.annotate(f"{value:+.1f}", (x, value + 1.96 * error), (0, 3), textcoords="offset points", ha="center")
-    ax.axhline(claim, color=_INK, linestyle="--", linewidth=1)
+    ax.axhline(claim, color=INK, linestyle="--", linewidth=1)
     ax.annotate(
         f"{claim:.0f} %",
         (1, claim),
         (4, -4),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
-        color=_INK,
+        color=INK,
     )
     ax.set_xticks(range(len(names)), names)
     ax.set_ylabel("perplexity over 16-bit (%)")
@@ -178,7 +179,7 @@ def degradation(rows: dict[str, dict[str, tuple[float, float]]], *, claim: float
 
 def divergences(klds: dict[str, dict]):
     """Median, mean and 99th percentile of the divergence a token, with the noise floor; maps a scheme to a record's `kld`."""
-    figure, (ax,) = _axes(height=1.2 + 0.38 * len(klds))
+    figure, (ax,) = axes(height=1.2 + 0.38 * len(klds))
     for row, kld in enumerate(klds.values()):
         ax.plot([kld["median"], kld["p99"]], [-row, -row], color=COLOURS[4], linewidth=5, solid_capstyle="butt")
         ax.plot(kld["mean"], -row, "o", color=COLOURS[0])
@@ -206,7 +207,7 @@ def divergences(klds: dict[str, dict]):
 
 def intervals(rows: dict[str, dict[str, tuple[float, float]]], unit: str):
     """Perplexities with 95 % intervals, a group a label: `rows` maps a label to series → (value, standard error)."""
-    figure, (ax,) = _axes(height=1.2 + 0.45 * len(rows))
+    figure, (ax,) = axes(height=1.2 + 0.45 * len(rows))
     for place, values in enumerate(rows.values()):
         for number, (name, (value, error)) in enumerate(values.items()):
             shift = (number - (len(values) - 1) / 2) * 0.25

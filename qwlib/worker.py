@@ -155,7 +155,7 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600) -> dict:
             text=True,
             timeout=timeout,
         )
-        reason = _reason(done.returncode, done.stderr)
+        reason = last_word(done.returncode, done.stderr)
         if reason is None:
             return record.read(path)
     except subprocess.TimeoutExpired:
@@ -174,7 +174,8 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600) -> dict:
     return failed
 
 
-def _reason(code: int, stderr: str) -> str | None:
+def last_word(code: int, stderr: str) -> str | None:
+    """Why a process ended badly: its signal, or its last word; None if it ended well."""
     if code == 0:
         return None
     if code < 0:

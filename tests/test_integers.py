@@ -42,11 +42,11 @@ def test_zero_point_is_off_by_a_step_at_most_and_keeps_zero(shape, seed, shift, 
     assert restored.view(-1)[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_zero_point_is_torchs():
     tensor = random((50, 30), 0, 2.0)
     quantized = integers.quantize_zero_point(tensor)
-    with pytest.warns(UserWarning, match="deprecated"):
-        other = torch.quantize_per_tensor(tensor, quantized.scale.item(), int(quantized.zero_point), torch.qint8)
+    other = torch.quantize_per_tensor(tensor, quantized.scale.item(), int(quantized.zero_point), torch.qint8)
     assert torch.equal(quantized.codes, other.int_repr())
     assert torch.allclose(integers.dequantize(quantized), other.dequantize(), rtol=0, atol=1e-6)
     assert (quantized.codes.min(), quantized.codes.max()) == (-128, 127)

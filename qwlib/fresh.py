@@ -1,0 +1,47 @@
+"""What a saved model says in a fresh process, which knows nothing of the one that saved it.
+
+The only proof that a folder holds the model: state that never reached a file can't help here.
+
+    python -m qwlib.fresh IDS_AND_LOGITS.safetensors MODEL SCHEME
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import loading
+from .errors import QwlibError
+from .worker import last_word
+
+
+def logits(model, scheme: str, ids):
+    """`Lm.logits` of token `ids` (batch × positions) from `model` (a folder or a name), loaded in another process.
+
+    On the host, in the model's type. Raises QwlibError with that process's last word if it fails.
+    """
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "exchange.safetensors"
+        save_file({"ids": ids.contiguous()}, file)
+        command = [sys.executable, "-m", "qwlib.fresh", str(file), str(model), str(scheme)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if why := last_word(done.returncode, done.stderr):
+            raise QwlibError(f"{Path(model).name} could not be read in a fresh process: {why}")
+        return load_file(file)["logits"]
+
+
+def main() -> None:
+    from safetensors.torch import load_file, save_file
+
+    file, model, scheme = sys.argv[1:]
+    try:
+        with loading.load(model, scheme) as lm:
+            save_file({"logits": lm.logits(load_file(file)["ids"]).cpu().contiguous()}, file)
+    except QwlibError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
