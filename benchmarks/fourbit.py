@@ -11,7 +11,7 @@ import time
 import bitsandbytes.functional as bnb
 import torch
 
-from qwlib import fourbit, loading, memory, record
+from qwlib import fourbit, integers, loading, memory, record
 
 
 def best(ways: dict, rounds: int, device) -> dict[str, float]:
@@ -39,8 +39,8 @@ def peak(way, device) -> float:
 
 
 def differences(weight) -> None:
-    """How many packed bytes, scales and 8-bit scales bitsandbytes stores differently on the GPU and on the CPU, and `fourbit`
-    on the GPU differently from bitsandbytes on the CPU."""
+    """What bitsandbytes stores differently on the GPU and on the CPU, and `fourbit` on the GPU differently from that: packed
+    bytes, scales, 8-bit scales; how many values come back different; and how many codes right at the midpoints of levels."""
     for quant_type in ("nf4", "fp4"):
         packed, state = bnb.quantize_4bit(weight.cpu(), quant_type=quant_type, compress_statistics=True)
         on_cpu = (packed.flatten(), bnb.quantize_4bit(weight.cpu(), quant_type=quant_type)[1].absmax, state.absmax)
@@ -50,9 +50,19 @@ def differences(weight) -> None:
         ours = (double.packed, single.absmax, double.absmax)
         for who, parts in (("bitsandbytes, GPU", on_gpu), ("fourbit, GPU", ours)):
             counts = [int((a != b.cpu()).sum()) for a, b in zip(on_cpu, parts, strict=True)]
-            sizes = [len(part) for part in on_cpu]
-            told = ", ".join(f"{c} of {n}" for c, n in zip(counts, sizes, strict=True))
+            told = ", ".join(f"{c} of {len(part)}" for c, part in zip(counts, on_cpu, strict=True))
             print(f"{quant_type} {who:18} against bitsandbytes, CPU: bytes, scales, 8-bit scales that differ: {told}")
+        theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type=quant_type))
+        other = int((theirs != fourbit.dequantize_4bit(single)).sum())
+        levels = fourbit.code_book(quant_type).sort().values
+        middles = (levels[1:] + levels[:-1]) / 2
+        near = torch.cat([middles.nextafter(levels[:-1]), middles, middles.nextafter(levels[1:]), torch.ones(19)])
+        codes = [
+            bnb.quantize_4bit(near.to(where), quant_type=quant_type)[0].flatten().cpu() for where in ("cpu", "cuda")
+        ]
+        apart = int((integers.unpack(codes[0], 64) != integers.unpack(codes[1], 64)).sum())
+        print(f"{quant_type} bitsandbytes, GPU  values that come back different: {other} of {weight.numel()};", end=" ")
+        print(f"codes at the midpoints and the floats beside them: {apart} of 45")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """4-bit quantization from first principles, in plain torch: what bitsandbytes stores, byte for byte.
 
-**What.** A weight becomes a *code*, the number of the nearest entry in a *code book* of 16 levels between -1 and 1. Sixteen
-levels fit every tensor only after scaling, so weights are cut into *blocks* of (by default) 64 neighbours, and each block is
+**What.** A weight becomes a *code*, the number of the nearest entry in a *code book* of 16 levels between -1 and 1. Such
+levels fit a tensor only after scaling, so weights are cut into *blocks* of (by default) 64 neighbours, and each block is
 divided by its largest magnitude, its *scale* or *absmax*. Kept are two codes a byte and one float32 scale a block:
 
     weight ≈ code_book[code] × absmax[block]          4 bits + 32 bits / 64 = 4.5 bits a weight
@@ -11,17 +11,19 @@ divided by its largest magnitude, its *scale* or *absmax*. Kept are two codes a 
 book whose levels are dense near zero (`dynamic_map`), with one float32 scale a block: 4.127 bits a weight.
 
 **Which levels.** NF4 takes quantiles of the normal distribution, because weights are nearly normal: each level is to be used
-about equally often (`normal_float`; QLoRA, arXiv 2305.14314). FP4 is a 4-bit float: sign, two exponent bits, one mantissa bit.
+about equally often (`normal_float`; QLoRA, arXiv 2305.14314). FP4 is a 4-bit float: sign, two exponent bits, one mantissa bit;
+it spends two codes on zero.
 
 **How it differs from bitsandbytes** (0.50.2), whose packed bytes, scales and nested scales it gives on a CPU bit for bit:
 
-- bitsandbytes' dequantization on CPUs with AVX512-BF16 is wrong where a block crosses a row; this one follows the definition.
+- bitsandbytes' dequantization on CPUs with AVX512-BF16 is wrong where a block of up to 1024 crosses a row of even length; this
+  one follows the definition.
   Elsewhere the two are equal, but for what depends on the processor: with AVX512-BF16 bfloat16 results below 1.2e-38 become
   zero, without it float16 results are rounded away from zero at ties.
 - NaN, infinity and scales whose mean overflows are refused here, and quantized into nonsense there.
-- its GPU kernels compare with midpoints that were rounded on their own, and search the 8-bit map exactly, where the CPU code
-  first rounds a scale to one of 65,536 cells. So a GPU's bytes differ in rare places from a CPU's (`docs/measured.md` counts
-  them). This file follows the CPU's rule on every device.
+- its GPU kernels take FP4's other zero, compare with midpoints that were rounded on their own, and search the 8-bit map
+  exactly, where the CPU code first rounds a scale to one of 65,536 cells. So a GPU's bytes differ from a CPU's: none of nf4's
+  in 16 million weights, 1.2 % of fp4's, 0.1 % of the 8-bit scales (`docs/measured.md`). This file follows the CPU's rule.
 
 **What it leaves out**: multiplying without writing the weights out again, which is what makes 4-bit fast; and thrift:
 temporaries take several times the tensor (`benchmarks/fourbit.py` puts the times side by side).
@@ -57,17 +59,17 @@ def normal_float() -> torch.Tensor:
 
 
 def float4() -> torch.Tensor:
-    """The 16 FP4 levels in the order of their codes: a sign bit, two exponent bits, one mantissa bit, largest value 1.
+    """What the 16 FP4 codes mean: a sign bit, two exponent bits, one mantissa bit, over the largest. 15 levels, two zeros.
 
-    bitsandbytes counts the exponent *downwards* from 8, but for code 6 and 7 it is lowest: magnitudes 0, 1/16 (the only
-    subnormal), 8, 12, 4, 6, 2, 3, over 12 (`get_4bit_type`). It is no IEEE or OCP format.
+    Exponent bits 01, 10 and 11 stand for 8, 4 and 2, downwards, and a mantissa bit adds half; 00 holds zero and the one
+    subnormal, 1/16 (bitsandbytes' `get_4bit_type`). It is no IEEE or OCP format.
     """
     magnitudes = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3]) / 12
     return torch.cat([magnitudes, 0 - magnitudes])  # not -magnitudes: code 8 is a second +0, as bitsandbytes has it
 
 
 def code_book(quant_type: str, device=None) -> torch.Tensor:
-    """16 levels, level `i` being what code `i` means. `quant_type` is nf4 or fp4, else QwlibError."""
+    """16 values, the `i`th being what code `i` means. `quant_type` is nf4 or fp4, else QwlibError."""
     if quant_type not in ("nf4", "fp4"):
         raise QwlibError(f"quant_type must be 'nf4' or 'fp4', not {quant_type!r}")
     return (normal_float() if quant_type == "nf4" else float4()).to(device)
@@ -135,9 +137,10 @@ def quantize_4bit(
 
     Raises QwlibError for other types, NaN, infinity, and block sizes that bitsandbytes does not take.
     """
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise QwlibError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
-    levels, flat = code_book(quant_type, tensor.device), checked(tensor)
+    flat = checked(tensor)
+    levels = code_book(quant_type, flat.device)
     absmax, scaled = _scaled(flat, block_size)
     packed = pack(nearest(padded(scaled, 2), levels))
     rest = {"shape": tuple(tensor.shape), "dtype": tensor.dtype, "quant_type": quant_type, "block_size": block_size}
@@ -162,8 +165,8 @@ def dequantize_4bit(quantized: Quantized) -> torch.Tensor:
 def _scaled(flat, block_size: int):
     """(absmax of each block, values over the absmax of their block), as bitsandbytes rounds them.
 
-    Whole blocks are multiplied by the reciprocal, a shorter last one is divided, which can round the other way. Below 1e-38
-    the reciprocal would overflow.
+    Whole blocks are multiplied by the reciprocal, a shorter last one is divided, which can round the other way. Division is
+    by 1e-38 at least, so that no reciprocal overflows; a short block of zeros even keeps that 1e-38 as its scale.
     """
     full = len(flat) - len(flat) % block_size
     blocks = flat[:full].reshape(-1, block_size)
@@ -182,7 +185,7 @@ def _quantize_scales(values):
     blocks = padded(values, NESTED_BLOCK).reshape(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1 / absmax)[:, None]).clamp(-1, 1)
-    scaled = scaled.nan_to_num(-1.0)  # 0 / 0: an empty block has code 0 throughout, which stands for -0.993 × 0
+    scaled = scaled.nan_to_num(-1.0)  # 0 / 0: a block of zeros has code 0 throughout, which stands for -0.993 × 0
     cells = ((scaled + 1) * 32767.5 + 0.5).floor()
     codes = nearest(cells / 32767.5 - 1, dynamic_map().to(values.device))
     return codes.to(torch.uint8).reshape(-1)[: len(values)], absmax

@@ -15,8 +15,8 @@ from .errors import QwlibError
 from .worker import last_word
 
 
-def logits(model, scheme: str, ids):
-    """`Lm.logits` of token `ids` (batch × positions) from `model` (a folder or a name), loaded in another process.
+def logits(model, scheme: str, ids, *, timeout: float = 3600):
+    """`Lm.logits` of token `ids` (a tensor, batch × positions) from `model` (a folder or a name), loaded in another process.
 
     On the host, in the model's type. Raises QwlibError with that process's last word if it fails.
     """
@@ -26,7 +26,10 @@ def logits(model, scheme: str, ids):
         file = Path(folder) / "exchange.safetensors"
         save_file({"ids": ids.contiguous()}, file)
         command = [sys.executable, "-m", "qwlib.fresh", str(file), str(model), str(scheme)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise QwlibError(f"{Path(model).name} was not read in a fresh process within {timeout:.0f} s") from None
         if why := last_word(done.returncode, done.stderr):
             raise QwlibError(f"{Path(model).name} could not be read in a fresh process: {why}")
         return load_file(file)["logits"]

@@ -16,6 +16,8 @@ import torch
 
 from .errors import QwlibError
 
+_LEAST = 1e-30  # of what is divided by: far below any weight, far above where float32 loses its precision
+
 
 @dataclass(frozen=True)
 class Integers:
@@ -54,9 +56,8 @@ def quantize_absmax(tensor: torch.Tensor, bits: int = 8, *, per: str | int = "te
         raise QwlibError(f"bits must be 4 or 8, not {bits!r}")
     most = 2 ** (bits - 1) - 1
     blocks = _blocks(tensor, per)
-    absmax = blocks.abs().amax(1, keepdim=True)
-    codes = (blocks * (most / absmax.clamp(min=1e-38))).round().clamp(-most, most)
-    return _integers(codes, absmax / most, None, tensor, bits)
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=_LEAST) / most
+    return _integers((blocks / scale).round().clamp(-most, most), scale, None, tensor, bits)
 
 
 def quantize_zero_point(tensor: torch.Tensor, *, per: str | int = "tensor") -> Integers:
@@ -66,7 +67,7 @@ def quantize_zero_point(tensor: torch.Tensor, *, per: str | int = "tensor") -> I
     """
     blocks = _blocks(tensor, per)
     low, high = blocks.amin(1, keepdim=True).clamp(max=0), blocks.amax(1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255).clamp(min=1e-38)
+    scale = (high / 255 - low / 255).clamp(min=_LEAST)  # high - low could overflow
     zero_point = (-128 - low / scale).round().clamp(-128, 127)
     codes = ((blocks / scale).round() + zero_point).clamp(-128, 127)
     return _integers(codes, scale, zero_point, tensor, 8)
@@ -88,7 +89,11 @@ def dequantize(quantized: Integers) -> torch.Tensor:
 def errors(original: torch.Tensor, restored: torch.Tensor) -> dict[str, float]:
     """How far `restored` is from `original`, in float64: `mean` and `max` magnitude, `relative` (root of the ratio of the
     squares' sums) and `snr_db`, the signal-to-noise ratio in decibels: 10 log₁₀ of signal's over noise's squares.
+
+    Raises QwlibError where the shapes differ.
     """
+    if original.shape != restored.shape or not original.numel():
+        raise QwlibError(f"two tensors of one shape and not empty: {tuple(original.shape)}, {tuple(restored.shape)}")
     signal = original.detach().double()
     noise = restored.detach().double() - signal
     ratio = (noise.norm() / signal.norm()).item() if noise.any() else 0.0
@@ -114,8 +119,10 @@ def unpack(packed: torch.Tensor, count: int) -> torch.Tensor:
 def checked(tensor: torch.Tensor) -> torch.Tensor:
     """The values of `tensor`, flat, in float32.
 
-    Raises QwlibError for another type than float32, float16 and bfloat16, for NaN and for infinity.
+    Raises QwlibError for anything but a tensor of float32, float16 or bfloat16, for NaN and for infinity.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise QwlibError(f"a tensor is wanted, not {type(tensor).__name__}: torch.tensor(...) makes one")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise QwlibError(f"a tensor to quantize must be float32, float16 or bfloat16, not {tensor.dtype}")
     flat = tensor.detach().reshape(-1).float()
@@ -133,8 +140,8 @@ def padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
 def _blocks(tensor, per: str | int):
     flat = checked(tensor)
     sizes = {"tensor": len(flat), "row": tensor.shape[-1] if tensor.dim() else 1}
-    size = sizes.get(per, per)
-    if not isinstance(size, int) or size < 1:
+    size = sizes.get(per, per) if isinstance(per, str) else per
+    if type(size) is not int or size < 1:
         raise QwlibError(f'per must be "tensor", "row" or a number of weights, not {per!r}; the tensor not empty')
     return padded(flat, size).reshape(-1, size)
 

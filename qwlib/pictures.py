@@ -33,7 +33,7 @@ def error_maps(errors: Mapping[str, "Tensor"]):  # noqa: F821  torch comes with 
     from matplotlib.colors import LogNorm
 
     tensors = {name: error.detach().float().abs() for name, error in errors.items()}
-    highest = max(float(error.max()) for error in tensors.values())
+    highest = max(float(error.max()) for error in tensors.values()) or 1.0
     figure, panels = axes(width=3.0 * len(errors) + 1, height=3.2, columns=len(errors))
     for ax, (name, error) in zip(panels, tensors.items(), strict=True):
         picture = ax.imshow(error.clamp(min=highest / 1e4), norm=LogNorm(highest / 1e4, highest), cmap="cividis")
@@ -98,13 +98,13 @@ def _density(x):
 def code_usage(counts: Mapping[str, Sequence[int]]):
     """How often each code is used, one panel a code book, codes from the lowest level to the highest; dashed: all alike."""
     figure, panels = axes(width=3.0 * len(counts) + 0.6, height=2.9, columns=len(counts))
-    shares = {name: [100 * int(c) / sum(map(int, values)) for c in values] for name, values in counts.items()}
+    shares = {name: [100 * int(c) / max(sum(map(int, values)), 1) for c in values] for name, values in counts.items()}
     for ax, colour, (name, values) in zip(panels, COLOURS, shares.items(), strict=False):
         ax.bar(range(len(values)), values, color=colour, width=0.85)
         ax.axhline(100 / len(values), color=INK, linestyle="--", linewidth=1)
         ax.set_title(name, fontsize=10, color=INK)
         ax.set_xlabel("level, lowest to highest")
-        ax.set_ylim(0, 1.08 * max(map(max, shares.values())))
+        ax.set_ylim(0, 1.08 * max(map(max, shares.values())) or 1)
     panels[0].set_ylabel("share of the weights (%)")
     return figure
 
@@ -112,7 +112,8 @@ def code_usage(counts: Mapping[str, Sequence[int]]):
 def error_by_block(series: Mapping[str, Sequence[tuple[int, float, float]]]):
     """What smaller blocks buy and cost: `series` maps a label to (block size, bits a weight, relative error) triples.
 
-    Left against the block size, right against the bits that a weight takes, its share of the scales included.
+    Left against the block size, right against the bits that a weight takes, its share of the scales included. Every second
+    series is dashed, in the colour of the one before it.
     """
     figure, (left, right) = axes(width=9.0, height=3.4, columns=2)
     for number, (label, points) in enumerate(series.items()):

@@ -13,10 +13,13 @@ NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "01_fundamentals.ipynb"
 
 # for each exercise of notebook 01: a right answer, and wrong ones that somebody might give
 ANSWERS = [
-    ("4 + 8 / 128 + 32 / (128 * 256)", ["4 + 8 / 64 + 32 / (64 * 256)", "4 + 32 / 128", "4.0", "'four'"]),
+    (
+        "4 + 8 / 128 + 32 / (128 * 256)",
+        ["4 + 8 / 64 + 32 / (64 * 256)", "4 + 32 / 128", "4 + 8 / 128", "4.063", "4.0", "'four'"],
+    ),
     (
         "tuple(0.5 * fourbit.normal_float()[[0b0011, 0b1110]])",
-        ["tuple(0.5 * fourbit.normal_float()[[0b1110, 0b0011]])", "(-0.3949, 0.723)", "0.5"],
+        ["tuple(0.5 * fourbit.normal_float()[[0b1110, 0b0011]])", "(-0.3949, 0.723)", "0.5", "(-0.1975,)"],
     ),
     ("[12, 8, 6, 4, 3, 2, 0, -12] * 8", ["torch.randn(64).tolist()", "[1.0] * 63", "[1.0] * 64"]),
 ]

@@ -108,8 +108,26 @@ def test_signal_to_noise_gains_six_decibels_a_bit():
     assert snr[1] - snr[0] != pytest.approx(20 * math.log10(128 / 8), abs=0.2)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-20, 1e20, 3e38])
+def test_very_small_and_very_large_values_keep_their_proportions(size):
+    tensor = torch.tensor([1.0, -0.5, 0.0, 0.25]) * size
+    for quantized in (integers.quantize_absmax(tensor), integers.quantize_zero_point(tensor)):
+        restored = integers.dequantize(quantized)
+        assert restored.isfinite().all()
+        assert integers.errors(tensor / size, restored / size)["relative"] < 0.01
+    both = integers.quantize_zero_point(torch.tensor([3e38, -3e38, 0.0]))
+    assert both.codes.tolist() == [127, -128, 0]
+
+
+def test_values_too_small_for_a_scale_become_zero():
+    tensor = torch.tensor([1e-37, 1e-39, -1e-39, 0.0])
+    assert integers.quantize_absmax(tensor).codes.tolist() == [0, 0, 0, 0]
+
+
 def test_zeros_stay_zeros():
-    for quantized in (integers.quantize_absmax(torch.zeros(70), per=64), integers.quantize_zero_point(torch.zeros(9))):
+    absmax, zero_point = integers.quantize_absmax(torch.zeros(70), per=64), integers.quantize_zero_point(torch.zeros(9))
+    assert not absmax.codes.any()
+    for quantized in (absmax, zero_point):
         assert not integers.dequantize(quantized).any()
 
 
@@ -118,6 +136,10 @@ def test_zeros_stay_zeros():
     [
         (lambda t: integers.quantize_absmax(t, 5), "bits must be 4 or 8"),
         (lambda t: integers.quantize_absmax(t, per="column"), '"tensor", "row"'),
+        (lambda t: integers.quantize_absmax(t, per=[1]), '"tensor", "row"'),
+        (lambda t: integers.quantize_absmax(t, per=True), '"tensor", "row"'),
+        (lambda t: integers.errors(t, t[:, None]), "two tensors of one shape"),
+        (lambda t: integers.errors(t[:0], t[:0]), "not empty"),
         (lambda t: integers.quantize_absmax(t[:0]), "not empty"),
         (lambda t: integers.quantize_zero_point(t / 0), "64 of 64 values"),
         (lambda t: integers.quantize_zero_point(t.long()), "float32, float16 or bfloat16"),
