@@ -1,4 +1,4 @@
-"""The command line: `python -m qwlib models | schemes | estimate | bench | run | links`."""
+"""The command line: `python -m qwlib models | schemes | estimate | quantize | bench | run | links`."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,9 @@ from .errors import QwlibError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 SchemeNames = Annotated[list[str] | None, typer.Option("--scheme", help="a scheme; give it again for more rows")]
+RowNames = Annotated[
+    list[str] | None, typer.Option("--scheme", help="a scheme, or a quantized folder; repeat for more")
+]
 
 
 def _table(title: str, headings: list[str], rows: list[list[str]]) -> None:
@@ -83,9 +86,23 @@ def estimate(
 
 
 @app.command()
+def quantize(
+    scheme: Annotated[str, typer.Option(help="what to store the weights as: `python -m qwlib schemes` lists all")],
+    model: Annotated[str, typer.Option(help="catalog name, Hub id or folder")] = catalog.EMBEDDED,
+    out: Annotated[Path | None, typer.Option(help="folder to write; else one in the cache")] = None,
+) -> None:
+    """Quantize a model into a folder that says what it is; `bench --scheme FOLDER` measures it, `qwlib.load` opens it."""
+    from . import artefacts, quantizing
+
+    folder = quantizing.quantize(model, scheme, out)
+    held = artefacts.read(folder)["files"]
+    print(f"{folder}: {len(held)} files, {sum(file['bytes'] for file in held.values()) / 1e9:.3f} GB")
+
+
+@app.command()
 def bench(
     model: Annotated[str, typer.Option(help="catalog name, Hub id or folder")] = catalog.EMBEDDED,
-    scheme: SchemeNames = None,
+    scheme: RowNames = None,
     weights: Annotated[str, typer.Option(help="trained, or random: true shape and speed, no download")] = "trained",
     batch: Annotated[int, typer.Option(min=1)] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,

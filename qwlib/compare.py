@@ -21,9 +21,12 @@ def order(records: list[dict]) -> list[dict]:
 def row(record: dict, reference: dict | None) -> dict:
     """One record as a flat row: `scheme`, `failure` or figures with units in their names.
 
-    `reference` is the 16-bit record that it can be compared with; without it ratios are left out.
+    `reference` is the 16-bit record that it can be compared with; without it ratios are left out. A scheme that was read from an
+    artefact is marked as saved, or as foreign where somebody else made it.
     """
-    out = {"model": record["model"]["name"], "scheme": record["scheme"]["name"]}
+    made = record["model"].get("artefact")
+    how = {"qwlib": " (saved)", "foreign": " (foreign)"}.get(made, "")
+    out = {"model": record["model"]["name"], "scheme": record["scheme"]["name"] + how}
     if "failure" in record:
         return out | {"failure": record["failure"]["reason"]}
     memory, speed, quality = record["memory"], record["speed"], record.get("quality", {})

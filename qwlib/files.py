@@ -26,6 +26,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_text(text: str) -> str:
+    """Hex SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write `text` to `path` atomically, making the folders above it; the path comes back."""
     path = Path(path)

@@ -99,10 +99,8 @@ class Lm:
         repacked 4-bit weights for its kernel, which the first forward does: what would be saved then is not what was
         loaded (bitsandbytes 0.50.2).
         """
-        if self.scheme.embedding != self.scheme.base:
-            raise QwlibError(
-                f"a quantized embedding can't be saved: save {self.scheme.linear} instead of {self.scheme.name}"
-            )
+        if why := self.scheme.unsavable:
+            raise QwlibError(why)
         if any(
             getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in self.model.parameters()
         ):

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import catalog, embedded, estimates, hub, memory, random_weights, schemes
+from . import artefacts, catalog, embedded, estimates, hub, memory, random_weights, schemes
 from .backends import BACKENDS
 from .errors import QwlibError
 from .lm import Lm, quiet
@@ -64,15 +64,19 @@ def banner() -> str:
 
 
 @contextlib.contextmanager
-def load(model: str, scheme: str = "bf16", *, weights: str = "trained", device: str | None = None) -> Iterator[Lm]:
+def load(model: str, scheme: str | None = None, *, weights: str = "trained", device: str | None = None) -> Iterator[Lm]:
     """Load `model` (catalog name, Hub id or folder) under `scheme` and yield an `Lm`; leaving gives the memory back.
+
+    Without `scheme` that is bf16, or what a quantized folder holds. The files of an artefact are checked first.
 
     `weights="random"` builds the model's exact shape with random values and no download: true bytes and times, no quality.
     What has to be downloaded or unpacked first is not part of `load_s`.
 
     Raises QwlibError in one line: unknown model or scheme, package missing, gated without a token, not enough memory.
     """
-    row, scheme = catalog.find(model), schemes.find(scheme)
+    row = catalog.find(model)
+    saved = saved_scheme(row) if weights == "trained" else None
+    scheme = schemes.find(scheme or saved or schemes.REFERENCE)
     ready, why = BACKENDS[scheme.backend].available()
     if not ready:
         raise QwlibError(f"scheme {scheme.name} {why}")
@@ -84,6 +88,7 @@ def load(model: str, scheme: str = "bf16", *, weights: str = "trained", device: 
     dtype, dtype_reason = pick_dtype(scheme, where)
     _check_room(row, scheme, where)
     source = folder(row, weights)
+    artefacts.verify(source)
     if random_weights.is_random(row):
         weights = "random"
     lm = Lm(row, scheme, weights, where, where_reason, dtype, dtype_reason)
@@ -94,7 +99,7 @@ def load(model: str, scheme: str = "bf16", *, weights: str = "trained", device: 
     try:
         began = time.perf_counter()
         with hub.explained(row):
-            _fill(lm, source)
+            _fill(lm, source, saved)
         lm.load_s = time.perf_counter() - began
         lm.memory |= memory.measure(lm.model)
         peak = memory.peak_bytes(where) if metered else None
@@ -132,10 +137,10 @@ def _check_room(row: catalog.Model, scheme: schemes.Scheme, device) -> None:
         )
 
 
-def _fill(lm: Lm, source: str) -> None:
+def _fill(lm: Lm, source: str, saved: str | None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    quantization = _quantization(lm)
+    quantization = _quantization(lm, saved)
     with quiet():
         lm.model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -185,14 +190,12 @@ def _adapted(lm: Lm):
     ).eval()
 
 
-def _quantization(lm: Lm):
+def _quantization(lm: Lm, saved: str | None):
     """What transformers is to quantize while it loads: None for plain types, and for a folder that was saved quantized."""
-    saved = getattr(lm.row.config(), "quantization_config", None) if lm.weights == "trained" else None
-    if saved is not None:
-        name = _saved_scheme(saved)
-        if name != lm.scheme.name:
+    if saved:
+        if saved != lm.scheme.name:
             raise QwlibError(
-                f"{lm.row.name} was saved as {name}: load it with that scheme, or load the 16-bit original"
+                f"{lm.row.name} was saved as {saved}: load it with that scheme, or load the 16-bit original"
             )
         return None
     if lm.scheme.backend != "bitsandbytes":
@@ -206,7 +209,11 @@ def _quantization(lm: Lm):
     return bnb.config(lm.scheme.linear, lm.dtype, keep)
 
 
-def _saved_scheme(saved) -> str:
+def saved_scheme(row: catalog.Model) -> str | None:
+    """The scheme that a folder or Hub repository was saved in: None for floating point, else what its configuration says."""
+    saved = getattr(row.config(), "quantization_config", None)
+    if saved is None:
+        return None
     saved = saved if isinstance(saved, dict) else saved.to_dict()
     if saved.get("load_in_8bit"):
         return "int8"

@@ -54,7 +54,14 @@ RECORD = _part(
     kind={"type": "string", "minLength": 1},
     created={"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$"},
     model=_part(
-        "name weights", name=_TEXT, source=_TEXT, revision=_TEXT, sha256=_TEXT, parameters=_COUNT, weights=_TEXT
+        "name weights",
+        artefact=_TEXT,
+        name=_TEXT,
+        source=_TEXT,
+        revision=_TEXT,
+        sha256=_TEXT,
+        parameters=_COUNT,
+        weights=_TEXT,
     ),
     scheme=_part("name backend bits_per_weight", name=_TEXT, backend=_TEXT, bits_per_weight=_NUMBER),
     env=_part(

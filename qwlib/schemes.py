@@ -49,6 +49,13 @@ class Scheme:
         return BITS[self.linear]
 
     @property
+    def unsavable(self) -> str | None:
+        """Why a model under this scheme can't be written to files, None if it can."""
+        if self.embedding == self.base:
+            return None
+        return f"a quantized embedding can't be saved: save {self.linear} instead of {self.name}"
+
+    @property
     def base(self) -> str:
         """The floating-point format of everything that is not quantized: the embedding's, or `bf16`."""
         return self.embedding if self.embedding in ("fp32", "bf16", "fp16") else "bf16"

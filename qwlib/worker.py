@@ -17,7 +17,20 @@ import sys
 import traceback
 from pathlib import Path
 
-from . import embedded, estimates, files, loading, memory, quality, record, schemes, texts, timing
+from . import (
+    artefacts,
+    embedded,
+    estimates,
+    files,
+    loading,
+    memory,
+    quality,
+    random_weights,
+    record,
+    schemes,
+    texts,
+    timing,
+)
 from .errors import QwlibError
 from .reference import Reference
 
@@ -118,6 +131,9 @@ def describe_model(lm, parameters: int) -> dict:
         part |= {"source": "a local folder", "name": Path(row.source).name}  # a path may name a person
     else:
         part["revision"] = row.revision or "unpinned"
+    if (lm.weights == "trained" or random_weights.is_random(row)) and loading.saved_scheme(row):
+        made = artefacts.read(row.source)
+        part |= {"artefact": "qwlib"} | made["source"] if made else {"artefact": "foreign"}
     return part
 
 

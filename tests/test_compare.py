@@ -36,6 +36,16 @@ def test_no_ratio_between_what_can_not_be_compared(other):
     assert "× 16-bit" not in rows[1]
 
 
+def test_what_was_read_from_an_artefact_is_marked():
+    origins = {None: "nf4", "qwlib": "nf4 (saved)", "foreign": "nf4 (foreign)"}
+    for artefact, label in origins.items():
+        record = made("nf4")
+        record["model"] |= {"artefact": artefact} if artefact else {}
+        found = compare.rows([made("bf16"), record])[1]
+        assert found["scheme"] == label
+        assert found["× 16-bit"] == 1  # compared with the reference all the same
+
+
 def test_a_failure_stays_a_row():
     failed = {"model": {"name": "m"}, "scheme": {"name": "int8"}, "failure": {"reason": "killed by SIGKILL"}}
     headings, body = compare.cells([made("bf16"), failed])
