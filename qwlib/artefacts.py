@@ -1,8 +1,8 @@
 """Artefacts: a quantized model as a folder that says what it is, and is refused once it is not that any more.
 
 An artefact is what a backend wrote, with `qwlib.json` beside it: the model it was made from (revision or hash), the scheme,
-the versions of the tools, the calibration if there was one, and size and SHA-256 of every file. It appears under its name
-when all of that is written, so an interrupted quantization leaves nothing that opens. The same request finds it again.
+the type of what is not quantized, the versions of the tools, and size and SHA-256 of every file that loading may read. It
+appears under its name when all of that is written: an interrupted quantization leaves nothing there.
 
 A folder or Hub repository without the manifest was quantized by somebody else: it opens too, and records call it foreign.
 What a manifest leaves out: a signature. It tells damage and mix-ups, not an attacker who rewrites it.
@@ -10,69 +10,83 @@ What a manifest leaves out: a signature. It tells damage and mix-ups, not an att
 
 import json
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from fnmatch import fnmatch
+from pathlib import Path
 
-from . import catalog, embedded, files, record, schemes
+from . import catalog, embedded, files, hub, record, schemes
 from .errors import QwlibError
 
 MANIFEST = "qwlib.json"
 SCHEMA = 1
 
 
-def seal(folder: Path, *, source: dict, scheme: str, calibration: dict | None = None) -> None:
-    """Write the manifest of all files in `folder`."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    held = {name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)} for name in names}
+def seal(folder: Path, *, source: dict, scheme: str, dtype: str) -> None:
+    """Write the manifest of the files in `folder` that loading may read."""
+    held = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)} for name in parts(folder)
+    }
     manifest = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source,
         "scheme": scheme,
+        "dtype": dtype,
         "tools": record.environment()["packages"],
-        **({"calibration": calibration} if calibration else {}),
         "files": held,
     }
     files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
+def parts(folder: Path) -> list[str]:
+    """Names of the files in `folder` that loading may read, the manifest left out."""
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    return [name for name in names if name != MANIFEST and any(fnmatch(name, wanted) for wanted in hub.WANTED)]
+
+
 def read(folder: Path) -> dict | None:
     """The manifest of a folder, None where there is none.
 
-    Raises QwlibError for one that can't be read.
+    Raises QwlibError for one that can't be read, or that this version does not know.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not (newer := manifest["schema"] > SCHEMA):
-            _check(manifest)
+        newer = manifest["schema"] > SCHEMA
+        whole = newer or _whole(manifest)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise QwlibError(f"{path} is damaged: quantize again, or remove it to open the folder as foreign") from None
-    if newer:
+        whole = False
+    if not whole:
+        raise QwlibError(f"{path} is damaged: remove the folder and quantize again")
+    if newer or manifest["scheme"] not in schemes.SCHEMES:
         raise QwlibError(f"{path} was written by a newer qwlib: update this one")
     return manifest
 
 
-def _check(manifest: dict) -> None:
-    schemes.find(manifest["scheme"])
-    if not isinstance(manifest["source"]["name"], str):
-        raise TypeError
-    for file in manifest["files"].values():
-        if not isinstance(file["bytes"], int) or not isinstance(file["sha256"], str):
-            raise TypeError
+def _whole(manifest: dict) -> bool:
+    texts = [manifest["scheme"], manifest["dtype"], *manifest["source"].values(), manifest["source"]["name"]]
+    held = manifest["files"]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(file["bytes"]) is int and isinstance(file["sha256"], str) for file in held.values())
+        and all("/" not in name and "\\" not in name for name in held)
+        and "config.json" in held
+        and any(name.endswith(".safetensors") for name in held)
+    )
 
 
 def verify(folder: Path) -> dict | None:
     """The manifest of `folder`, every file checked against it; None where there is none.
 
-    Raises QwlibError with the name of a file that is missing, was cut short or changed.
+    Raises QwlibError with the name of a file that is missing, was cut short, changed, or came later.
     """
     folder, manifest = Path(folder), read(folder)
-    for name, fact in (manifest or {"files": {}})["files"].items():
+    if manifest is None:
+        return None
+    again = "remove the folder and quantize or download it again"
+    for name, fact in manifest["files"].items():
         file = folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise QwlibError(f"{folder / MANIFEST} names a file outside its folder: {name}")
         if not file.is_file():
             why = "is missing"
         elif file.stat().st_size != fact["bytes"]:
@@ -81,18 +95,25 @@ def verify(folder: Path) -> dict | None:
             why = "was changed"
         else:
             continue
-        raise QwlibError(f"{name} in {folder} {why}: quantize or download it again")
+        raise QwlibError(f"{name} in {folder} {why}: {again}")
+    if stray := set(parts(folder)) - set(manifest["files"]):
+        raise QwlibError(f"{min(stray)} in {folder} is not in its manifest: {again}")
     return manifest
 
 
-def source(row: catalog.Model) -> dict:
-    """What a model was made from: name, and revision or hash."""
+def source(row: catalog.Model) -> dict[str, str]:
+    """What a model is made from: its name, and the revision of its repository or a hash of its files."""
     if row.source is None:
         return {"name": row.name, "sha256": embedded.sha256(row.name)}
     folder = Path(row.source)
     if folder.is_dir():
-        if found := read(folder):
-            raise QwlibError(f"{row.name} is {found['scheme']} already: name the 16-bit model that it was made from")
-        hashes = "".join(files.sha256(path) for path in sorted(folder.glob("*.safetensors")))
+        hashes = "".join(f"{name} {files.sha256(folder / name)}\n" for name in parts(folder))
         return {"name": folder.name, "sha256": files.sha256_text(hashes)}
-    return {"name": row.source, "revision": row.revision or "unpinned"}
+    revision = row.revision or Path(hub.fetch(row)).name  # the Hub's cache names its folders by commit
+    return {"name": row.name, "repository": row.source, "revision": revision}
+
+
+def same(one: dict, other: dict) -> bool:
+    """Whether two sources are one model; a folder may have been renamed."""
+    keys = ("sha256", "repository", "revision")
+    return [one.get(key) for key in keys] == [other.get(key) for key in keys]

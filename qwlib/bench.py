@@ -2,13 +2,14 @@
 
 While the reference is measured its scores are kept on disk, so that every later row gets its divergence from one pass of
 its own; they are removed when the last row is done. A row that fails is a record with its reason, and the next one runs.
+An artefact has to be made from the model of its rows; a foreign folder bears its own name, and so no ratios to the reference.
 """
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import catalog, loading, quality, schemes, texts, worker
+from . import artefacts, catalog, files, loading, quality, schemes, texts, worker
 from .errors import QwlibError
 from .reference import Reference
 
@@ -18,20 +19,28 @@ def names(wanted: list[str]) -> list[str]:
 
     Raises QwlibError for an unknown scheme, and for a folder without a quantized model.
     """
-    found = [str(Path(name)) if _is_folder(name) else schemes.find(name).name for name in wanted]
+    found = [_folder(name) or schemes.find(name).name for name in wanted]
     return list(dict.fromkeys([schemes.REFERENCE, *found]))
 
 
-def _is_folder(name: str) -> bool:
-    """Whether this is a folder that holds a quantized model, and no scheme.
+def _folder(name: str) -> str | None:
+    """The path of a folder that holds a quantized model, None for a scheme's name.
 
-    Raises QwlibError for another folder.
+    Raises QwlibError for another folder, or none where a path was meant.
     """
-    if name in schemes.SCHEMES or not Path(name).is_dir():
-        return False
-    if loading.saved_scheme(catalog.find(name)) is None:
+    if name in schemes.SCHEMES:
+        return None
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if "/" in name or name.startswith(("~", ".")):
+            raise QwlibError(f"no such folder: {name}; name a scheme, or a folder that `quantize` wrote")
+        return None
+    saved = loading.saved_scheme(catalog.find(str(path.resolve())))
+    if saved is None:
         raise QwlibError(f"{name} holds a 16-bit model: measure it with --model, or name a folder of a quantized one")
-    return True
+    if saved not in schemes.SCHEMES:
+        raise QwlibError(f"{name} was saved as {saved}, which nothing here runs")
+    return str(path.resolve())
 
 
 def rows(model: str, wanted: list[str], folder: Path, **job) -> Iterator[dict]:
@@ -41,6 +50,7 @@ def rows(model: str, wanted: list[str], folder: Path, **job) -> Iterator[dict]:
 
     Raises QwlibError for a mistake in the job; what goes wrong while a row is measured is a record with a `failure`.
     """
+    _check_folders(model, names(wanted), job)
     scored = job.pop("quality", None)
     if scored:
         quality.parse(scored.get("protocol", "gptq-512"))
@@ -48,8 +58,8 @@ def rows(model: str, wanted: list[str], folder: Path, **job) -> Iterator[dict]:
     with Reference.temporary() if scored else contextlib.nullcontext() as kept:
         for name in names(wanted):
             row = {"model": model, "scheme": name}
-            if _is_folder(name):
-                row = {"model": name, "scheme": loading.saved_scheme(catalog.find(name))}
+            if place := _folder(name):
+                row = {"model": place, "scheme": loading.saved_scheme(catalog.find(place))}
             each = worker.complete(row | job)
             if scored:
                 finished = (kept.folder / "facts.json").is_file()
@@ -58,7 +68,21 @@ def rows(model: str, wanted: list[str], folder: Path, **job) -> Iterator[dict]:
             yield worker.spawn(each, Path(folder) / f"{_stem(each)}.json")
 
 
+def _check_folders(model: str, wanted: list[str], job: dict) -> None:
+    places = [place for name in wanted if (place := _folder(name))]
+    if places and job.get("weights") == "random":
+        raise QwlibError("random weights have no folders: leave out --weights, or the folders")
+    made = {place: artefacts.read(place) for place in places}
+    if any(made.values()):
+        theirs = artefacts.source(catalog.find(model))
+    for place, manifest in made.items():
+        if manifest and not artefacts.same(manifest["source"], theirs):
+            raise QwlibError(f"{Path(place).name} was made from {manifest['source']['name']}, and not from {model}")
+
+
 def _stem(job: dict) -> str:
-    model = Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"].replace("/", "--")
+    model = job["model"].replace("/", "--")
+    if Path(job["model"]).is_dir():  # two folders of one name keep two records
+        model = f"{Path(job['model']).name}-{files.sha256_text(str(Path(job['model']).resolve()))[:8]}"
     shape = f"{job['batch']}x{job['prompt_tokens']}+{job['new_tokens']}"
     return f"{model}-{job['weights']}-{job['scheme']}-{shape}".strip("-.")

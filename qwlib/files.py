@@ -63,6 +63,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
+        os.chmod(temporary, 0o755)  # mkdtemp gives 0700
         try:
             os.rename(temporary, path)
         except OSError:

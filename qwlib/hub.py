@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from .errors import QwlibError
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # never pickles, never code
+WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # never pickles, never code
 
 
 def fetch(row) -> str:
@@ -21,7 +21,7 @@ def fetch(row) -> str:
             "or take an open model such as phi-3-mini"
         )
     with explained(row):
-        return snapshot_download(row.source, revision=row.revision, allow_patterns=_WANTED, ignore_patterns=["*/*"])
+        return snapshot_download(row.source, revision=row.revision, allow_patterns=WANTED, ignore_patterns=["*/*"])
 
 
 def fetch_data(repository: str, path: str) -> str:

@@ -29,6 +29,8 @@ class Lm:
     dtype_reason: str
     model: Any = None
     tokenizer: Any = None
+    saved: str | None = None  # the scheme that its files were quantized in, None if that was done while loading
+    manifest: dict | None = None  # of the artefact that it was read from (`artefacts.py`)
     load_s: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
 

@@ -75,8 +75,14 @@ def load(model: str, scheme: str | None = None, *, weights: str = "trained", dev
     Raises QwlibError in one line: unknown model or scheme, package missing, gated without a token, not enough memory.
     """
     row = catalog.find(model)
+    here = weights == "trained" and row.source is not None and Path(row.source).is_dir()
+    manifest = artefacts.verify(row.source) if here else None
     saved = saved_scheme(row) if weights == "trained" else None
+    if saved and saved not in schemes.SCHEMES:
+        raise QwlibError(f"{row.name} was saved as {saved}, which nothing here runs: load the 16-bit original")
     scheme = schemes.find(scheme or saved or schemes.REFERENCE)
+    if saved and saved != scheme.name:
+        raise QwlibError(f"{row.name} was saved as {saved}: load it with that scheme, or load the 16-bit original")
     ready, why = BACKENDS[scheme.backend].available()
     if not ready:
         raise QwlibError(f"scheme {scheme.name} {why}")
@@ -88,10 +94,11 @@ def load(model: str, scheme: str | None = None, *, weights: str = "trained", dev
     dtype, dtype_reason = pick_dtype(scheme, where)
     _check_room(row, scheme, where)
     source = folder(row, weights)
-    artefacts.verify(source)
+    if weights == "trained" and not here:
+        manifest = artefacts.verify(source)
     if random_weights.is_random(row):
         weights = "random"
-    lm = Lm(row, scheme, weights, where, where_reason, dtype, dtype_reason)
+    lm = Lm(row, scheme, weights, where, where_reason, dtype, dtype_reason, saved=saved, manifest=manifest)
     memory.give_back()
     before = memory.used_bytes(where)
     metered = memory.reset_peak(where)
@@ -99,7 +106,7 @@ def load(model: str, scheme: str | None = None, *, weights: str = "trained", dev
     try:
         began = time.perf_counter()
         with hub.explained(row):
-            _fill(lm, source, saved)
+            _fill(lm, source)
         lm.load_s = time.perf_counter() - began
         lm.memory |= memory.measure(lm.model)
         peak = memory.peak_bytes(where) if metered else None
@@ -137,10 +144,10 @@ def _check_room(row: catalog.Model, scheme: schemes.Scheme, device) -> None:
         )
 
 
-def _fill(lm: Lm, source: str, saved: str | None) -> None:
+def _fill(lm: Lm, source: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    quantization = _quantization(lm, saved)
+    quantization = _quantization(lm)
     with quiet():
         lm.model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -190,13 +197,9 @@ def _adapted(lm: Lm):
     ).eval()
 
 
-def _quantization(lm: Lm, saved: str | None):
+def _quantization(lm: Lm):
     """What transformers is to quantize while it loads: None for plain types, and for a folder that was saved quantized."""
-    if saved:
-        if saved != lm.scheme.name:
-            raise QwlibError(
-                f"{lm.row.name} was saved as {saved}: load it with that scheme, or load the 16-bit original"
-            )
+    if lm.saved:
         return None
     if lm.scheme.backend != "bitsandbytes":
         return None
@@ -218,7 +221,7 @@ def saved_scheme(row: catalog.Model) -> str | None:
     if saved.get("load_in_8bit"):
         return "int8"
     if saved.get("load_in_4bit"):
-        return saved["bnb_4bit_quant_type"] + "-dq" * bool(saved.get("bnb_4bit_use_double_quant"))
+        return saved.get("bnb_4bit_quant_type", "fp4") + "-dq" * bool(saved.get("bnb_4bit_use_double_quant"))
     return str(saved.get("quant_method", "an unknown format"))
 
 

@@ -55,7 +55,7 @@ RECORD = _part(
     created={"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$"},
     model=_part(
         "name weights",
-        artefact=_TEXT,
+        artefact={"enum": ["qwlib", "foreign"]},
         name=_TEXT,
         source=_TEXT,
         revision=_TEXT,

@@ -17,20 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from . import (
-    artefacts,
-    embedded,
-    estimates,
-    files,
-    loading,
-    memory,
-    quality,
-    random_weights,
-    record,
-    schemes,
-    texts,
-    timing,
-)
+from . import embedded, estimates, files, loading, memory, quality, record, schemes, texts, timing
 from .errors import QwlibError
 from .reference import Reference
 
@@ -131,9 +118,11 @@ def describe_model(lm, parameters: int) -> dict:
         part |= {"source": "a local folder", "name": Path(row.source).name}  # a path may name a person
     else:
         part["revision"] = row.revision or "unpinned"
-    if (lm.weights == "trained" or random_weights.is_random(row)) and loading.saved_scheme(row):
-        made = artefacts.read(row.source)
-        part |= {"artefact": "qwlib"} | made["source"] if made else {"artefact": "foreign"}
+    if lm.saved:
+        part["artefact"] = "qwlib" if lm.manifest else "foreign"
+    if lm.manifest:
+        origin = lm.manifest["source"]
+        part |= {key: origin[key] for key in ("name", "revision", "sha256") if key in origin}
     return part
 
 
@@ -182,7 +171,10 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600) -> dict:
         source.unlink(missing_ok=True)
     failed = record.new(
         "bench",
-        model={"name": job["model"], "weights": job["weights"]},
+        model={
+            "name": Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"],
+            "weights": job["weights"],
+        },
         scheme=describe_scheme(schemes.find(job["scheme"])),
         failure={"reason": reason},
     )
