@@ -7,7 +7,6 @@ stored is equal; the type is changed in the layers of one loaded model.
 """
 
 import argparse
-import time
 from functools import partial
 
 import torch
@@ -15,22 +14,10 @@ from bitsandbytes.nn import Linear4bit
 from transformers import GenerationConfig
 
 import qwlib
-from qwlib import record
+from qwlib import record, timing
 
 SHAPES = ((1, 64), (1, 512), (16, 64))  # batch, prompt tokens
 NEW_TOKENS = 32
-
-
-def best(work, rounds: int, device) -> float:
-    """Seconds of the best of `rounds`, after one that warms up."""
-    seconds = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
 
 
 def main() -> None:
@@ -50,13 +37,14 @@ def main() -> None:
                 for layer in layers:
                     layer.compute_dtype = dtype
                 options = {"attention_mask": mask, "generation_config": settings}
-                prefill = best(partial(lm.model, ids, logits_to_keep=1), asked.rounds, lm.device)
-                answer = best(partial(lm.model.generate, ids, **options), asked.rounds, lm.device)
-                name = str(dtype).removeprefix("torch.")
-                rate = batch * NEW_TOKENS / answer
-                print(
-                    f"batch {batch:2}, prompt {length:3}, {name:8}  prefill {1e3 * prefill:7.1f} ms  {rate:7.1f} tokens/s"
-                )
+                ways = {
+                    "prefill": partial(lm.model, ids, logits_to_keep=1),
+                    "answer": partial(lm.model.generate, ids, **options),
+                }
+                seconds = timing.best(ways, asked.rounds, lm.device)
+                name, prefill = str(dtype).removeprefix("torch."), 1e3 * seconds["prefill"]
+                rate = batch * NEW_TOKENS / seconds["answer"]
+                print(f"batch {batch:2}, prompt {length:3}, {name:8}  prefill {prefill:7.1f} ms  {rate:7.1f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -6,26 +6,11 @@ The weight is normal noise in bfloat16, nf4 with double quantization. The two ta
 """
 
 import argparse
-import time
 
 import bitsandbytes.functional as bnb
 import torch
 
-from qwlib import fourbit, integers, loading, memory, record
-
-
-def best(ways: dict, rounds: int, device) -> dict[str, float]:
-    """Seconds of the best round of each way, after one that warms up; the ways take turns."""
-    seconds = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: min(times) for name, times in seconds.items()}
+from qwlib import fourbit, integers, loading, memory, record, timing
 
 
 def peak(way, device) -> float:
@@ -88,7 +73,7 @@ def main() -> None:
     }
     print(f"{asked.rows} × {asked.columns}, bfloat16, nf4-dq, on {record.device_name(device)}")
     for step, ways in steps.items():
-        seconds = best(ways, asked.rounds, device)
+        seconds = timing.best(ways, asked.rounds, device)
         for name, way in ways.items():
             print(f"{step:10} {name:12} {1e3 * seconds[name]:9.2f} ms  peak {peak(way, device):6.3f} GB")
         print(f"{step:10} ratio        {seconds['fourbit'] / seconds['bitsandbytes']:9.2f} ×")

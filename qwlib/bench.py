@@ -35,11 +35,8 @@ def _folder(name: str) -> str | None:
         if "/" in name or name.startswith(("~", ".")):
             raise QwlibError(f"no such folder: {name}; name a scheme, or a folder that `quantize` wrote")
         return None
-    saved = loading.saved_scheme(catalog.find(str(path.resolve())))
-    if saved is None:
+    if loading.saved_scheme(catalog.find(str(path.resolve()))) is None:
         raise QwlibError(f"{name} holds a 16-bit model: measure it with --model, or name a folder of a quantized one")
-    if saved not in schemes.SCHEMES:
-        raise QwlibError(f"{name} was saved as {saved}, which nothing here runs")
     return str(path.resolve())
 
 
@@ -50,33 +47,37 @@ def rows(model: str, wanted: list[str], folder: Path, **job) -> Iterator[dict]:
 
     Raises QwlibError for a mistake in the job; what goes wrong while a row is measured is a record with a `failure`.
     """
-    _check_folders(model, names(wanted), job)
+    wanted = [_target(model, name) for name in names(wanted)]
+    _check_folders(model, wanted, job)
     scored = job.pop("quality", None)
     if scored:
         quality.parse(scored.get("protocol", "gptq-512"))
         texts.read(scored.get("text"))
     with Reference.temporary() if scored else contextlib.nullcontext() as kept:
-        for name in names(wanted):
-            row = {"model": model, "scheme": name}
-            if place := _folder(name):
-                row = {"model": place, "scheme": loading.saved_scheme(catalog.find(place))}
-            each = worker.complete(row | job)
+        for target in wanted:
+            each = worker.complete(target | job)
             if scored:
                 finished = (kept.folder / "facts.json").is_file()
-                role = "keep" if name == schemes.REFERENCE else "reference" if finished else None
+                role = "keep" if target["scheme"] == schemes.REFERENCE else "reference" if finished else None
                 each["quality"] = scored | ({role: str(kept.folder)} if role else {})
             yield worker.spawn(each, Path(folder) / f"{_stem(each)}.json")
 
 
-def _check_folders(model: str, wanted: list[str], job: dict) -> None:
-    places = [place for name in wanted if (place := _folder(name))]
+def _target(model: str, name: str) -> dict:
+    """What to load for a row: `model` under a scheme, or a folder under the scheme that it was saved in."""
+    if place := _folder(name):
+        return {"model": place, "scheme": loading.saved_scheme(catalog.find(place))}
+    return {"model": model, "scheme": name}
+
+
+def _check_folders(model: str, targets: list[dict], job: dict) -> None:
+    places = [target["model"] for target in targets if target["model"] != model]
     if places and job.get("weights") == "random":
         raise QwlibError("random weights have no folders: leave out --weights, or the folders")
-    made = {place: artefacts.read(place) for place in places}
-    if any(made.values()):
-        theirs = artefacts.source(catalog.find(model))
+    made = {place: manifest for place in places if (manifest := artefacts.read(place))}
+    theirs = artefacts.source(catalog.find(model)) if made else None
     for place, manifest in made.items():
-        if manifest and not artefacts.same(manifest["source"], theirs):
+        if not artefacts.same(manifest["source"], theirs):
             raise QwlibError(f"{Path(place).name} was made from {manifest['source']['name']}, and not from {model}")
 
 

@@ -17,9 +17,8 @@ it spends two codes on zero.
 **How it differs from bitsandbytes** (0.50.2), whose packed bytes, scales and nested scales it gives on a CPU bit for bit:
 
 - bitsandbytes' dequantization on CPUs with AVX512-BF16 is wrong where a block of up to 1024 crosses a row of even length; this
-  one follows the definition.
-  Elsewhere the two are equal, but for what depends on the processor: with AVX512-BF16 bfloat16 results below 1.2e-38 become
-  zero, without it float16 results are rounded away from zero at ties.
+  one follows the definition. Elsewhere the two are equal, but for what depends on the processor: with AVX512-BF16 bfloat16
+  results below 1.2e-38 become zero, without it float16 results are rounded away from zero at ties.
 - NaN, infinity and scales whose mean overflows are refused here, and quantized into nonsense there.
 - its GPU kernels take FP4's other zero, compare with midpoints that were rounded on their own, and search the 8-bit map
   exactly, where the CPU code first rounds a scale to one of 65,536 cells. So a GPU's bytes differ from a CPU's: none of nf4's

@@ -74,20 +74,18 @@ def load(model: str, scheme: str | None = None, *, weights: str = "trained", dev
 
     Raises QwlibError in one line: unknown model or scheme, package missing, gated without a token, not enough memory.
     """
+    if weights not in ("trained", "random"):
+        raise QwlibError(f"weights must be 'trained' or 'random', not {weights!r}")
     row = catalog.find(model)
     here = weights == "trained" and row.source is not None and Path(row.source).is_dir()
     manifest = artefacts.verify(row.source) if here else None
     saved = saved_scheme(row) if weights == "trained" else None
-    if saved and saved not in schemes.SCHEMES:
-        raise QwlibError(f"{row.name} was saved as {saved}, which nothing here runs: load the 16-bit original")
     scheme = schemes.find(scheme or saved or schemes.REFERENCE)
     if saved and saved != scheme.name:
         raise QwlibError(f"{row.name} was saved as {saved}: load it with that scheme, or load the 16-bit original")
     ready, why = BACKENDS[scheme.backend].available()
     if not ready:
         raise QwlibError(f"scheme {scheme.name} {why}")
-    if weights not in ("trained", "random"):
-        raise QwlibError(f"weights must be 'trained' or 'random', not {weights!r}")
     import transformers.integrations.bitsandbytes  # noqa: F401  imported now, so that its memory is not the model's
 
     where, where_reason = pick_device(device)
@@ -99,21 +97,9 @@ def load(model: str, scheme: str | None = None, *, weights: str = "trained", dev
     if random_weights.is_random(row):
         weights = "random"
     lm = Lm(row, scheme, weights, where, where_reason, dtype, dtype_reason, saved=saved, manifest=manifest)
-    memory.give_back()
-    before = memory.used_bytes(where)
-    metered = memory.reset_peak(where)
     failed = True
     try:
-        began = time.perf_counter()
-        with hub.explained(row):
-            _fill(lm, source)
-        lm.load_s = time.perf_counter() - began
-        lm.memory |= memory.measure(lm.model)
-        peak = memory.peak_bytes(where) if metered else None
-        if peak is not None:
-            lm.memory["load_peak_bytes"] = max(peak - before, 0)
-        memory.give_back()
-        lm.memory["steady_bytes"] = max(memory.used_bytes(where) - before, 0)
+        _fill_metered(lm, source)
         yield lm
         failed = False
     finally:
@@ -142,6 +128,22 @@ def _check_room(row: catalog.Model, scheme: schemes.Scheme, device) -> None:
             f"{row.name} in {scheme.name} takes {total / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: "
             "choose a scheme with fewer bits or a smaller model (`python -m qwlib estimate`)"
         )
+
+
+def _fill_metered(lm: Lm, source: str) -> None:
+    memory.give_back()
+    before = memory.used_bytes(lm.device)
+    metered = memory.reset_peak(lm.device)
+    began = time.perf_counter()
+    with hub.explained(lm.row):
+        _fill(lm, source)
+    lm.load_s = time.perf_counter() - began
+    lm.memory |= memory.measure(lm.model)
+    peak = memory.peak_bytes(lm.device) if metered else None
+    if peak is not None:
+        lm.memory["load_peak_bytes"] = max(peak - before, 0)
+    memory.give_back()
+    lm.memory["steady_bytes"] = max(memory.used_bytes(lm.device) - before, 0)
 
 
 def _fill(lm: Lm, source: str) -> None:
@@ -213,7 +215,10 @@ def _quantization(lm: Lm):
 
 
 def saved_scheme(row: catalog.Model) -> str | None:
-    """The scheme that a folder or Hub repository was saved in: None for floating point, else what its configuration says."""
+    """The scheme that a folder or Hub repository was saved in: None for floating point, else what its configuration says.
+
+    Raises QwlibError for a format that nothing here runs.
+    """
     saved = getattr(row.config(), "quantization_config", None)
     if saved is None:
         return None
@@ -222,7 +227,8 @@ def saved_scheme(row: catalog.Model) -> str | None:
         return "int8"
     if saved.get("load_in_4bit"):
         return saved.get("bnb_4bit_quant_type", "fp4") + "-dq" * bool(saved.get("bnb_4bit_use_double_quant"))
-    return str(saved.get("quant_method", "an unknown format"))
+    fmt = saved.get("quant_method", "an unknown format")
+    raise QwlibError(f"{row.name} was saved as {fmt}, which nothing here runs: load the 16-bit original")
 
 
 def _release(lm: Lm, *, tell: bool) -> None:
@@ -231,7 +237,7 @@ def _release(lm: Lm, *, tell: bool) -> None:
     An error on its way out holds it through its traceback, and nothing is told then: the memory comes back with the error.
     """
     watch = weakref.ref(lm.model) if lm.model is not None else None
-    _forget_last_results(lm.model)
+    memory.forget(lm.model)
     lm.model = lm.tokenizer = None
     memory.give_back()
     if tell and watch is not None and watch() is not None:
@@ -240,21 +246,3 @@ def _release(lm: Lm, *, tell: bool) -> None:
             "the model is still referenced outside its `with` block, so its memory stays: delete that variable",
             stacklevel=4,
         )
-
-
-def _forget_last_results(model) -> None:
-    """IPython keeps what cells returned: `_`, `__`, `___`, `_12` and the dictionary `Out`; drop `model` from all of them."""
-    import sys
-
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    if shell is None or model is None:
-        return
-    for name in ("_", "__", "___"):
-        if getattr(shell.displayhook, name, None) is model:
-            # both places alike: where they differ IPython takes the name for the user's own and never updates it again
-            shell.user_ns[name] = shell.user_ns_hidden[name] = ""
-            setattr(shell.displayhook, name, "")
-    for names in (shell.user_ns, shell.user_ns_hidden, shell.user_ns.get("_oh", {})):
-        for name in [n for n, value in names.items() if value is model and str(n).lstrip("_").isdigit()]:
-            del names[name]

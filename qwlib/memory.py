@@ -138,3 +138,21 @@ def give_back() -> None:
     if os.name == "posix":
         with contextlib.suppress(OSError, AttributeError):  # only glibc has malloc_trim
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def forget(model) -> None:
+    """IPython keeps what cells returned: `_`, `__`, `___`, `_12` and the dictionary `Out`; drop `model` from all of them."""
+    import sys
+
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is None or model is None:
+        return
+    for name in ("_", "__", "___"):
+        if getattr(shell.displayhook, name, None) is model:
+            # both places alike: where they differ IPython takes the name for the user's own and never updates it again
+            shell.user_ns[name] = shell.user_ns_hidden[name] = ""
+            setattr(shell.displayhook, name, "")
+    for names in (shell.user_ns, shell.user_ns_hidden, shell.user_ns.get("_oh", {})):
+        for name in [n for n, value in names.items() if value is model and str(n).lstrip("_").isdigit()]:
+            del names[name]

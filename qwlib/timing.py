@@ -124,6 +124,23 @@ def _finish(device) -> None:
         torch.cuda.synchronize(device)
 
 
+def best(ways: dict, rounds: int, device, *, clock: streaming.Clock = time.perf_counter) -> dict[str, float]:
+    """Seconds of the best of `rounds` calls of each way, after one that warms up; the ways take turns.
+
+    `ways` maps a name to a function without arguments; on a GPU its work is waited for.
+    """
+    seconds = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            _finish(device)
+            began = clock()
+            way()
+            _finish(device)
+            if turn:
+                seconds[name].append(clock() - began)
+    return {name: min(times) for name, times in seconds.items()}
+
+
 def roofline(lm, bandwidth: float) -> float:
     """Decoding steps a second that `bandwidth` (bytes a second) allows, if each step reads every weight once."""
     return bandwidth / memory.read_bytes(lm.model)

@@ -101,3 +101,16 @@ def test_a_request_needs_memory_of_its_own(lm):
     cache = 8 * 513 * 23_040  # tokens × bytes a token of the key-value cache
     assert peak > cache
     assert timing.request_peak(lm, batch=1, prompt_tokens=16, new_tokens=2) < cache
+
+
+def test_the_best_round_counts_and_the_first_does_not():
+    spent = {"quick": iter([9.0, 2.0, 1.0]), "slow": iter([5.0, 6.0, 4.0])}
+    now, order = [0.0], []
+
+    def way(name):
+        now[0] += next(spent[name])
+        order.append(name)
+
+    ways = {name: (lambda name=name: way(name)) for name in spent}
+    assert timing.best(ways, 2, "cpu", clock=lambda: now[0]) == {"quick": 1.0, "slow": 4.0}
+    assert order == ["quick", "slow"] * 3
