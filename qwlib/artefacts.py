@@ -1,7 +1,8 @@
 """Artefacts: a quantized model as a folder that says what it is, and is refused once it is not that any more.
 
 An artefact is what a backend wrote, with `qwlib.json` beside it: the model it was made from (revision or hash), the scheme,
-the type of what is not quantized, the versions of the tools, and size and SHA-256 of every file that loading may read. It
+the type of what is not quantized, the calibration and settings, the versions of the tools, and size and SHA-256 of every file
+that loading may read. It
 appears under its name when all of that is written: an interrupted quantization leaves nothing there.
 
 A folder or Hub repository without the manifest was quantized by somebody else: it opens too, and records call it foreign.
@@ -20,8 +21,14 @@ MANIFEST = "qwlib.json"
 SCHEMA = 1
 
 
-def seal(folder: Path, *, source: dict, scheme: str, dtype: str) -> None:
-    """Write the manifest of the files in `folder` that loading may read."""
+WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx.data", "*.onnx")
+
+
+def seal(folder: Path, *, source: dict, scheme: str, dtype: str, **facts) -> None:
+    """Write the manifest of the files in `folder` that loading may read.
+
+    `facts` that are None are left out; `tools` among them are the versions of another environment's packages.
+    """
     held = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)} for name in parts(folder)
     }
@@ -32,6 +39,7 @@ def seal(folder: Path, *, source: dict, scheme: str, dtype: str) -> None:
         "scheme": scheme,
         "dtype": dtype,
         "tools": record.environment()["packages"],
+        **{name: fact for name, fact in facts.items() if fact is not None},
         "files": held,
     }
     files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
@@ -40,7 +48,14 @@ def seal(folder: Path, *, source: dict, scheme: str, dtype: str) -> None:
 def parts(folder: Path) -> list[str]:
     """Names of the files in `folder` that loading may read, the manifest left out."""
     names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
-    return [name for name in names if name != MANIFEST and any(fnmatch(name, wanted) for wanted in hub.WANTED)]
+    return [
+        name for name in names if name != MANIFEST and any(fnmatch(name, wanted) for wanted in (*hub.WANTED, *WEIGHTS))
+    ]
+
+
+def is_complete(names) -> bool:
+    """Whether files of these names can be a model: a configuration and weights."""
+    return "config.json" in names and any(fnmatch(name, wanted) for name in names for wanted in WEIGHTS)
 
 
 def read(folder: Path) -> dict | None:
@@ -64,6 +79,9 @@ def read(folder: Path) -> dict | None:
     return manifest
 
 
+NEEDED = {"text", "text_sha256", "samples", "length", "tokens", "sequences"}  # of a calibration (`calibration.py`)
+
+
 def _whole(manifest: dict) -> bool:
     texts = [manifest["scheme"], manifest["dtype"], *manifest["source"].values(), manifest["source"]["name"]]
     held = manifest["files"]
@@ -71,9 +89,15 @@ def _whole(manifest: dict) -> bool:
         all(isinstance(text, str) for text in texts)
         and all(type(file["bytes"]) is int and isinstance(file["sha256"], str) for file in held.values())
         and all("/" not in name and "\\" not in name for name in held)
-        and "config.json" in held
-        and any(name.endswith(".safetensors") for name in held)
+        and is_complete(held)
+        and set(manifest.get("calibration", NEEDED)) >= NEEDED
     )
+
+
+def weight_bytes(manifest: dict) -> int:
+    """Bytes of the files that hold weights."""
+    held = manifest["files"].items()
+    return sum(file["bytes"] for name, file in held if any(fnmatch(name, wanted) for wanted in WEIGHTS))
 
 
 def verify(folder: Path) -> dict | None:

@@ -2,6 +2,7 @@
 
 While the reference is measured its scores are kept on disk, so that every later row gets its divergence from one pass of
 its own; they are removed when the last row is done. A row that fails is a record with its reason, and the next one runs.
+Schemes that are read from files are quantized first, in a process of their own.
 An artefact has to be made from the model of its rows; a foreign folder bears its own name, and so no ratios to the reference.
 """
 
@@ -9,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import artefacts, catalog, files, loading, quality, schemes, texts, worker
+from . import artefacts, catalog, environment, files, loading, quality, quantizing, schemes, texts, worker
 from .errors import QwlibError
 from .reference import Reference
 
@@ -60,7 +61,44 @@ def rows(model: str, wanted: list[str], folder: Path, **job) -> Iterator[dict]:
                 finished = (kept.folder / "facts.json").is_file()
                 role = "keep" if target["scheme"] == schemes.REFERENCE else "reference" if finished else None
                 each["quality"] = scored | ({role: str(kept.folder)} if role else {})
-            yield worker.spawn(each, Path(folder) / f"{_stem(each)}.json")
+            path = Path(folder) / f"{_stem(each)}.json"
+            if why := skipped(each):
+                yield worker.fail(each, why, path, skipped=True)
+                continue
+            try:
+                each["model"] = made(each)
+            except QwlibError as error:
+                yield worker.fail(each, str(error), path)
+                continue
+            yield worker.spawn(each, path)
+
+
+def skipped(job: dict) -> str | None:
+    """Why a job can't be done on this machine, None if it can: a backend or a device is not there."""
+    scheme = schemes.find(job["scheme"])
+    if scheme.maker and job.get("weights") == "random":
+        return "is read from files: random weights have none"
+    makes = _makes(job)
+    for backend in (scheme.backend, scheme.maker) if makes else (scheme.backend,):
+        python, why = environment.where(backend)
+        if python is None:
+            return why
+    if scheme.made_on == "cuda" and (makes or not scheme.maker) and loading.pick_device()[0].type != "cuda":
+        return f"{'is made' if scheme.maker else 'runs'} on a GPU only"
+    return None
+
+
+def made(job: dict) -> str:
+    """What a job's worker loads: the model itself, or the artefact of a scheme that is read from files, made if it is not there.
+
+    Raises QwlibError where it can't be made.
+    """
+    return str(quantizing.quantize(job["model"], job["scheme"])) if _makes(job) else job["model"]
+
+
+def _makes(job: dict) -> bool:
+    """Whether a row's files have to be quantized first."""
+    return bool(schemes.find(job["scheme"]).maker) and loading.saved_scheme(catalog.find(job["model"])) is None
 
 
 def _target(model: str, name: str) -> dict:

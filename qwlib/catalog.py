@@ -47,8 +47,11 @@ class Model:
         from transformers import AutoConfig
 
         if self.config_name is None:
+            inside = {"gguf_file": file} if (file := bare_gguf(self.source)) else {}
             with hub.explained(self):
-                return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+                return AutoConfig.from_pretrained(
+                    self.source, revision=self.revision, trust_remote_code=False, **inside
+                )
         stored = resources.files("qwlib") / "configs" / f"{self.config_name}.json"
         return AutoConfig.for_model(**json.loads(stored.read_text()))
 
@@ -161,7 +164,7 @@ def find(model: str) -> Model:
         return MODELS[name]
     folder = Path(name).expanduser()
     if folder.exists():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not gguf_file(folder):
             raise QwlibError(f"{name} is not a model: it has no config.json; name a folder that save_pretrained wrote")
         return Model(name, str(folder.resolve()), what="a local folder")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -170,3 +173,19 @@ def find(model: str) -> Model:
         raise QwlibError(f"no such folder: {name}; name a folder with a config.json, a Hub id, or a catalog model")
     near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
     raise QwlibError(f"unknown model {name!r}: did you mean {', '.join(near)}? `python -m qwlib models` lists all")
+
+
+def gguf_file(folder: str | Path) -> str | None:
+    """The name of the one GGUF file in a folder, None where there is none.
+
+    Raises QwlibError where there are several: a folder is one model.
+    """
+    found = sorted(path.name for path in Path(folder).glob("*.gguf")) if Path(folder).is_dir() else []
+    if len(found) > 1:
+        raise QwlibError(f"{folder} holds {len(found)} GGUF files: put the one that is meant into a folder of its own")
+    return found[0] if found else None
+
+
+def bare_gguf(folder: str | Path) -> str | None:
+    """The same where no config.json lies beside it, so that the file has to say what it holds."""
+    return None if (Path(folder) / "config.json").is_file() else gguf_file(folder)

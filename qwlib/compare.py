@@ -1,8 +1,11 @@
 """Records side by side: the rows of a table, with the 16-bit reference first.
 
-A ratio stands only between records of one machine and one request shape. A record that failed is a row with its reason.
+A ratio stands only between records of one machine and one request shape; `× 16-bit` is over transformers' bf16, whatever
+engine a row has, since the reader chooses both together. A record that failed is a row with its reason.
 Columns carry their unit; `PPL +%` is the quantized perplexity over the reference's, paired token by token, and `top-1 %`
-the share of tokens where both like the same word best. A `±` is a standard error.
+the share of tokens where both like the same word best. `held bits` is what the loaded weights take, embedding, head and scales
+included, a parameter, and `process GB` what the process (or the device) grew by; `bits/weight` what the format means for a
+linear layer. A `±` is a standard error.
 """
 
 import html
@@ -22,18 +25,26 @@ def row(record: dict, reference: dict | None) -> dict:
     """One record as a flat row: `scheme`, `failure` or figures with units in their names.
 
     `reference` is the 16-bit record that it can be compared with; without it ratios are left out. A scheme that was read from an
-    artefact is marked as saved, or as foreign where somebody else made it.
+    artefact although it need not be is marked as saved, and as foreign where somebody else made it.
     """
-    made = record["model"].get("artefact")
-    how = {"qwlib": " (saved)", "foreign": " (foreign)"}.get(made, "")
+    made, scheme = record["model"].get("artefact"), schemes.SCHEMES.get(record["scheme"]["name"])
+    how = " (foreign)" if made == "foreign" else " (saved)" if made and not (scheme and scheme.maker) else ""
     out = {"model": record["model"]["name"], "scheme": record["scheme"]["name"] + how}
     if "failure" in record:
-        return out | {"failure": record["failure"]["reason"]}
+        how = "skipped" if record["failure"].get("skipped") else "failed"
+        return out | {"failure": record["failure"]["reason"], "how": how}
     memory, speed, quality = record["memory"], record["speed"], record.get("quality", {})
     held = memory["weights_bytes"] + memory["state_bytes"]
+    out["bits/weight"] = record["scheme"]["bits_per_weight"]
+    if parameters := record["model"].get("parameters"):
+        out["held bits"] = 8 * held / parameters
+    if artefact := record.get("artefact"):
+        out["file GB"] = artefact["file_bytes"] / 1e9
+        if "seconds" in artefact:
+            out["quantize s"] = artefact["seconds"]
     out |= {
-        "bits/weight": record["scheme"]["bits_per_weight"],
         "weights GB": held / 1e9,
+        **({"process GB": memory["steady_bytes"] / 1e9} if "steady_bytes" in memory else {}),
         "load s": speed["load_s"],
         "TTFT ms": 1e3 * speed["ttft_s"]["p50"],
     }
@@ -58,7 +69,7 @@ def row(record: dict, reference: dict | None) -> dict:
 
 def _shape(record: dict) -> tuple:
     model, env = record["model"], record["env"]
-    keys = ("engine", "batch", "prompt_tokens", "new_tokens")
+    keys = ("batch", "prompt_tokens", "new_tokens")
     return model["name"], model["weights"], env["device"], env["cpu"], *(record["speed"][key] for key in keys)
 
 
@@ -72,7 +83,11 @@ def rows(records: list[dict]) -> list[dict]:
 
 COLUMNS = {  # heading: format, and whether less (-1) or more (+1) is better; in the order of printing
     "bits/weight": (".2f", 0),
+    "held bits": (".2f", -1),
+    "file GB": (".3f", -1),
+    "quantize s": (".0f", -1),
     "weights GB": (".3f", -1),
+    "process GB": (".3f", -1),
     "saved %": (".1f", 1),
     "load s": (".1f", 0),
     "TTFT ms": (".0f", -1),
@@ -104,7 +119,7 @@ def cells(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     body = []
     for r in flat:
         if "failure" in r:
-            body.append([r["scheme"], f"failed: {r['failure']}"])
+            body.append([r["scheme"], f"{r['how']}: {r['failure']}"])
         else:
             errors = [f" ± {cell(r, _ERRORS[name])}" if _ERRORS.get(name) in r else "" for name in used]
             body.append([r["scheme"], *(cell(r, name) + error for name, error in zip(used, errors, strict=True))])

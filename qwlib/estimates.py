@@ -42,16 +42,19 @@ class Estimate:
 
 
 def stored_bytes(shape, fmt: str) -> tuple[int, int]:
-    """(weight bytes, state bytes) of one weight of that shape (output rows first) under a format of `schemes.BITS`.
+    """(weight bytes, state bytes) of one weight of that shape (output rows first) under a format (see `schemes.bits`).
 
     State is what bitsandbytes 0.50 keeps beside the codes: a float32 scale a block (or 8-bit scales with float32 scales
-    of their own, a 256-entry map and an offset), a 16-entry code book; for int8 a float32 scale a row.
+    of their own, a 256-entry map and an offset), a 16-entry code book; for int8 a float32 scale a row. Formats of other
+    backends count as weights, scales and all, by their nominal bits: their files can hold more.
     """
     n = math.prod(shape)
     if fmt in _ELEMENT_BYTES:
         return n * _ELEMENT_BYTES[fmt], 0
     if fmt == "int8":
         return n, 4 * (n // shape[-1])
+    if not fmt.startswith(("nf4", "fp4")):
+        return math.ceil(n * schemes.bits(fmt) / 8), 0
     blocks = math.ceil(n / BLOCK)
     codebook = 16 * 4
     if fmt.endswith("-dq"):

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import loading
+from . import environment, loading, schemes
 from .errors import QwlibError
 from .worker import last_word
 
@@ -25,9 +25,11 @@ def logits(model, scheme: str, ids, *, timeout: float = 3600):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "exchange.safetensors"
         save_file({"ids": ids.contiguous()}, file)
-        command = [sys.executable, "-m", "qwlib.fresh", str(file), str(model), str(scheme)]
+        call = environment.command(
+            schemes.find(scheme).backend, "qwlib.fresh", str(file), str(model), schemes.find(scheme).name
+        )
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+            done = subprocess.run(**call, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
             raise QwlibError(f"{Path(model).name} was not read in a fresh process within {timeout:.0f} s") from None
         if why := last_word(done.returncode, done.stderr):

@@ -5,7 +5,15 @@ from collections.abc import Iterator
 
 from .errors import QwlibError
 
-WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # never pickles, never code
+WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.onnx",
+    "*.onnx.data",
+]  # never pickles, never code
 
 
 def fetch(row) -> str:

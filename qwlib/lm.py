@@ -18,7 +18,9 @@ from .errors import QwlibError
 
 @dataclass
 class Lm:
-    """A loaded model. `memory` holds bytes (see `memory.py`), `load_s` seconds from the call to a model ready to use."""
+    """A loaded model. `memory` holds bytes (see `memory.py`), `load_s` seconds from the call to a model ready to use,
+    `import_s` those that importing its backend took before (next to none the second time, minutes where it compiles).
+    """
 
     row: catalog.Model
     scheme: schemes.Scheme
@@ -27,17 +29,24 @@ class Lm:
     device_reason: str
     dtype: Any
     dtype_reason: str
-    model: Any = None
+    model: Any = None  # the library's own object: a plain transformers model where the backend builds on transformers
     tokenizer: Any = None
+    engine: Any = None  # what executes it (`engines.py`)
     saved: str | None = None  # the scheme that its files were quantized in, None if that was done while loading
     manifest: dict | None = None  # of the artefact that it was read from (`artefacts.py`)
+    import_s: float = 0.0
     load_s: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
         """How many token ids the model knows."""
-        return self.model.get_input_embeddings().num_embeddings
+        return self.engine.vocabulary
+
+    @property
+    def longest(self) -> int | None:
+        """How many positions the model has, None where it names no limit."""
+        return self.engine.longest
 
     def encode(self, text: str | list[str], *, special: bool = True):
         """Token ids (batch × longest) on the host, shorter rows padded on the left with -1.
@@ -64,45 +73,28 @@ class Lm:
         return self.generate(ids, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos)
 
     def generate(self, ids, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
-        """transformers' `generate`, greedy, with any of its streamers; shapes as in `stream`."""
-        import torch
-        from transformers import GenerationConfig
-
+        """The same with any of transformers' streamers; shapes as in `stream`."""
         ids, mask = self._prepare(ids, new_tokens)
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            min_new_tokens=None if stop_at_eos else new_tokens,
-            pad_token_id=self._pad_id(),
-            eos_token_id=self.model.generation_config.eos_token_id,
-        )
-        with torch.inference_mode():
-            out = self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
-        return out[:, ids.shape[1] :].cpu()
+        return self.engine.generate(ids, mask, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos)
 
     def logits(self, ids, *, last: int | None = None):
         """Scores of the next token at every position, or at the `last` ones only, which spares the head the others.
 
         (batch × positions × vocabulary), on the model's device and in its type.
         """
-        import torch
-
-        ids, mask = self._prepare(ids)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.inference_mode():
-            wanted = {"logits_to_keep": last} if last and self.model._supports_logits_to_keep() else {}
-            scores = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **wanted).logits
-        return scores[:, -last:] if last else scores
+        return self.engine.logits(*self._prepare(ids), last)
 
     def save(self, folder) -> None:
         """Write model and tokenizer with `save_pretrained`, quietly; `load(folder, scheme)` reads them back.
 
-        Raises QwlibError for a scheme with a quantized embedding, which bitsandbytes can't write, and once a CPU has
+        Raises QwlibError for a scheme that can't be written, or that lies in files anyway, and once a CPU has
         repacked 4-bit weights for its kernel, which the first forward does: what would be saved then is not what was
         loaded (bitsandbytes 0.50.2).
         """
         if why := self.scheme.unsavable:
             raise QwlibError(why)
+        if self.scheme.maker:
+            raise QwlibError(f"{self.scheme.name} was read from files: copy their folder, whose manifest goes with it")
         if any(
             getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in self.model.parameters()
         ):
@@ -121,18 +113,11 @@ class Lm:
             raise QwlibError(f"token ids must be a batch of rows with at least one token, not {tuple(ids.shape)}")
         if int(ids.max()) >= self.vocabulary:
             raise QwlibError(f"token id {int(ids.max())} is outside the model's {self.vocabulary} words")
-        longest = getattr(self.model.config, "max_position_embeddings", None)
         mask = (ids >= 0).long()
         most = int(mask.sum(1).max())
-        if longest and most + new_tokens > longest:
-            raise QwlibError(f"{most} + {new_tokens} tokens are more than the model's {longest} positions")
-        return ids.where(ids >= 0, self._pad_id()).to(self.device), mask.to(self.device)
-
-    def _pad_id(self) -> int:
-        settings = self.model.generation_config
-        eos = settings.eos_token_id
-        first = eos[0] if isinstance(eos, list) else eos
-        return next((i for i in (settings.pad_token_id, first) if i is not None), 0)
+        if self.longest and most + new_tokens > self.longest:
+            raise QwlibError(f"{most} + {new_tokens} tokens are more than the model's {self.longest} positions")
+        return ids.where(ids >= 0, next(iter(self.engine.stops), 0)), mask
 
 
 def pad_left(rows: list[list[int]]):

@@ -21,7 +21,7 @@ from pathlib import Path
 from . import artefacts, catalog, embedded, estimates, hub, memory, random_weights, schemes
 from .backends import BACKENDS
 from .errors import QwlibError
-from .lm import Lm, quiet
+from .lm import Lm
 
 
 def pick_device(device: str | None = None):
@@ -67,7 +67,8 @@ def banner() -> str:
 def load(model: str, scheme: str | None = None, *, weights: str = "trained", device: str | None = None) -> Iterator[Lm]:
     """Load `model` (catalog name, Hub id or folder) under `scheme` and yield an `Lm`; leaving gives the memory back.
 
-    Without `scheme` that is bf16, or what a quantized folder holds. The files of an artefact are checked first.
+    Without `scheme` that is bf16, or what a quantized folder holds. The files of an artefact are checked first. Schemes of
+    backends that read files of their own (GGUF, GPTQ, AWQ, ONNX, ExLlama) open folders only: `quantize` writes them.
 
     `weights="random"` builds the model's exact shape with random values and no download: true bytes and times, no quality.
     What has to be downloaded or unpacked first is not part of `load_s`.
@@ -79,16 +80,25 @@ def load(model: str, scheme: str | None = None, *, weights: str = "trained", dev
     row = catalog.find(model)
     here = weights == "trained" and row.source is not None and Path(row.source).is_dir()
     manifest = artefacts.verify(row.source) if here else None
+    if here:
+        _refuse_pickles(Path(row.source))
     saved = saved_scheme(row) if weights == "trained" else None
     scheme = schemes.find(scheme or saved or schemes.REFERENCE)
     if saved and saved != scheme.name:
         raise QwlibError(f"{row.name} was saved as {saved}: load it with that scheme, or load the 16-bit original")
-    ready, why = BACKENDS[scheme.backend].available()
+    if scheme.maker and not saved:
+        raise QwlibError(
+            f"{scheme.name} is read from files: `python -m qwlib quantize --scheme {scheme.name}` writes them, load that folder"
+        )
+    backend = BACKENDS[scheme.backend]
+    ready, why = backend.available()
     if not ready:
         raise QwlibError(f"scheme {scheme.name} {why}")
-    import transformers.integrations.bitsandbytes  # noqa: F401  imported now, so that its memory is not the model's
-
-    where, where_reason = pick_device(device)
+    where, where_reason = pick_device(device or backend.device)
+    if backend.device and not device:
+        where_reason = f"{backend.name} runs on {'a GPU' if backend.device == 'cuda' else 'the CPU'} here"
+    if scheme.made_on == "cuda" and not scheme.maker and where.type != "cuda":
+        raise QwlibError(f"{scheme.name} needs a GPU: choose another scheme (`python -m qwlib schemes`)")
     dtype, dtype_reason = pick_dtype(scheme, where)
     _check_room(row, scheme, where)
     source = folder(row, weights)
@@ -119,6 +129,16 @@ def folder(model: str, weights: str = "trained") -> str:
     return row.source if Path(row.source).is_dir() else hub.fetch(row)
 
 
+def _refuse_pickles(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir()]
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")))
+    if pickles and not any(name.endswith((".safetensors", ".gguf", ".onnx")) for name in names):
+        raise QwlibError(
+            f"{folder.name} holds its weights in {pickles[0]}, a pickle, which can run code when it is opened: "
+            "convert them to safetensors where you trust them"
+        )
+
+
 def _check_room(row: catalog.Model, scheme: schemes.Scheme, device) -> None:
     need = estimates.estimate(row, scheme, context=1)
     free = memory.free_bytes(device)
@@ -131,14 +151,17 @@ def _check_room(row: catalog.Model, scheme: schemes.Scheme, device) -> None:
 
 
 def _fill_metered(lm: Lm, source: str) -> None:
+    began = time.perf_counter()
+    backend = BACKENDS[lm.scheme.backend].load_module()  # imported now, so that its memory is not the model's
+    lm.import_s = time.perf_counter() - began
     memory.give_back()
     before = memory.used_bytes(lm.device)
     metered = memory.reset_peak(lm.device)
     began = time.perf_counter()
     with hub.explained(lm.row):
-        _fill(lm, source)
+        backend.fill(lm, source)
     lm.load_s = time.perf_counter() - began
-    lm.memory |= memory.measure(lm.model)
+    lm.memory |= lm.engine.held()
     peak = memory.peak_bytes(lm.device) if metered else None
     if peak is not None:
         lm.memory["load_peak_bytes"] = max(peak - before, 0)
@@ -146,79 +169,17 @@ def _fill_metered(lm: Lm, source: str) -> None:
     lm.memory["steady_bytes"] = max(memory.used_bytes(lm.device) - before, 0)
 
 
-def _fill(lm: Lm, source: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    quantization = _quantization(lm)
-    with quiet():
-        lm.model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=lm.dtype,
-            device_map={"": lm.device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in one line
-            **({"quantization_config": quantization} if quantization else {}),  # None would hide what the folder says
-        )
-        lm.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
-    lm.model.eval()
-    if absent := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
-        raise QwlibError(
-            f"{lm.row.name} lacks {len(absent)} of its weights, {absent[0]} first: is the folder complete?"
-        )
-    if not lm.tokenizer("word").input_ids:
-        raise QwlibError(f"{lm.row.name} has no tokenizer files: save the tokenizer beside the model")
-    if lm.device.type == "cpu":
-        memory.own(lm.model)
-    if lm.scheme.backend == "bitsandbytes":
-        from .backends import bnb
-
-        bnb.finish(lm.model, lm.scheme, lm.dtype)
-    if lm.row.adapter and lm.weights == "trained":
-        lm.model = _adapted(lm)
-    old = lm.model.generation_config
-    lm.model.generation_config = GenerationConfig(  # sampling settings of the publisher would warn at every greedy call
-        bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
-    )
-    stray = {str(t.device) for t in lm.model.parameters()} - {str(lm.device)}
-    if stray and lm.device.index is not None:
-        raise QwlibError(f"parts of {lm.row.name} landed on {', '.join(sorted(stray))} instead of {lm.device}")
-
-
-def _adapted(lm: Lm):
-    from peft import PeftModel
-
-    over = lm.row.adapter
-    return PeftModel.from_pretrained(
-        lm.model,
-        over.source,
-        revision=over.revision,
-        subfolder=over.folder or None,
-        autocast_adapter_dtype=False,  # else the adapter alone would be float32
-    ).eval()
-
-
-def _quantization(lm: Lm):
-    """What transformers is to quantize while it loads: None for plain types, and for a folder that was saved quantized."""
-    if lm.saved:
-        return None
-    if lm.scheme.backend != "bitsandbytes":
-        return None
-    from .backends import bnb
-
-    shapes = estimates.meta_model(lm.row)
-    formats = schemes.plan(shapes, lm.scheme)
-    head = shapes.get_output_embeddings()
-    keep = [name for name, module in shapes.named_modules() if name in formats and module is head]
-    return bnb.config(lm.scheme.linear, lm.dtype, keep)
-
-
 def saved_scheme(row: catalog.Model) -> str | None:
-    """The scheme that a folder or Hub repository was saved in: None for floating point, else what its configuration says.
+    """The scheme that a folder or Hub repository was saved in: None for floating point, else what it says of itself.
 
-    Raises QwlibError for a format that nothing here runs.
+    A manifest says it, else the configuration, else a GGUF file. Raises QwlibError for a format that nothing here runs.
     """
+    folder = Path(row.source) if row.source else None
+    if folder and folder.is_dir():
+        if manifest := artefacts.read(folder):
+            return manifest["scheme"]
+        if file := catalog.gguf_file(folder):
+            return _gguf_scheme(folder / file)
     saved = getattr(row.config(), "quantization_config", None)
     if saved is None:
         return None
@@ -227,8 +188,29 @@ def saved_scheme(row: catalog.Model) -> str | None:
         return "int8"
     if saved.get("load_in_4bit"):
         return saved.get("bnb_4bit_quant_type", "fp4") + "-dq" * bool(saved.get("bnb_4bit_use_double_quant"))
-    fmt = saved.get("quant_method", "an unknown format")
-    raise QwlibError(f"{row.name} was saved as {fmt}, which nothing here runs: load the 16-bit original")
+    fmt, bits = saved.get("quant_method", "an unknown format"), saved.get("bits")
+    if fmt in ("gptq", "awq") and bits == 4:
+        return f"{fmt}-4bit"
+    told = f"{bits}-bit {fmt}" if bits else fmt
+    raise QwlibError(f"{row.name} was saved as {told}, which nothing here runs: load the 16-bit original")
+
+
+def _gguf_scheme(file: Path) -> str:
+    import gguf
+
+    from .backends.llamacpp import TYPES
+
+    try:
+        told = gguf.GGUFReader(file).fields
+        kind = int(told["general.file_type"].contents())
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise QwlibError(f"{file.name} is no whole GGUF file ({error}): download it again") from None
+    known = {number: name for name, number in TYPES.items()}
+    if kind not in known:
+        raise QwlibError(
+            f"{file.name} is of llama.cpp's file type {kind}, which is no scheme here: {', '.join(TYPES)} are"
+        )
+    return known[kind]
 
 
 def _release(lm: Lm, *, tell: bool) -> None:
@@ -238,7 +220,9 @@ def _release(lm: Lm, *, tell: bool) -> None:
     """
     watch = weakref.ref(lm.model) if lm.model is not None else None
     memory.forget(lm.model)
-    lm.model = lm.tokenizer = None
+    if lm.engine is not None:
+        lm.engine.close()
+    lm.model = lm.tokenizer = lm.engine = None
     memory.give_back()
     if tell and watch is not None and watch() is not None:
         gc.collect()

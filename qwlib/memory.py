@@ -12,12 +12,18 @@ import os
 from pathlib import Path
 
 
-def measure(model) -> dict[str, int]:
-    """`weights_bytes` and `state_bytes` of a loaded model: every tensor storage once, however many names share it."""
+def measure(model, beside=()) -> dict[str, int]:
+    """`weights_bytes` and `state_bytes` of a loaded model: every tensor storage once, however many names share it.
+
+    `beside` are tensors of its state that lie where no parameter or buffer tells of them.
+    """
     weights, state = {}, {}
 
     def add(where, tensor):
-        if tensor is not None and tensor.device.type != "meta":
+        if hasattr(tensor, "__tensor_flatten__"):  # torchao's tensors are made of plain ones
+            for name in tensor.__tensor_flatten__()[0]:
+                add(where, getattr(tensor, name))
+        elif tensor is not None and tensor.device.type != "meta":
             where[_pointer(tensor)] = tensor.untyped_storage().nbytes()
 
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -29,12 +35,18 @@ def measure(model) -> dict[str, int]:
     for module in model.modules():
         if hasattr(module, "state"):  # Linear8bitLt moves its scales here at the first forward
             add(state, getattr(module.state, "SCB", None))
+    for tensor in beside:
+        add(state, tensor)
     return {"weights_bytes": sum(weights.values()), "state_bytes": sum(n for p, n in state.items() if p not in weights)}
 
 
 def own(model) -> None:
     """Copy whatever lies in the mapped checkpoint file, so that resident memory on a CPU says what the model takes."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.clone()
     for parameter in model.parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            continue  # quantized just now, so it lies in no file
         parameter.data = parameter.data.clone()
         if getattr(parameter, "CB", None) is not None:
             parameter.CB, parameter.SCB = parameter.data, parameter.SCB.clone()
@@ -44,9 +56,9 @@ def own(model) -> None:
                 level.absmax, level.code = level.absmax.clone(), level.code.clone()
 
 
-def read_bytes(model) -> int:
+def read_bytes(model, beside=()) -> int:
     """What one decoding step reads: all weights and state, but of an untied embedding only a row, counted as nothing."""
-    total = sum(measure(model).values())
+    total = sum(measure(model, beside).values())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = head is not None and _pointer(head.weight) == _pointer(embedding.weight)
     return total if shared else total - sum(measure(embedding).values())

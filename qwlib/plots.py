@@ -121,30 +121,49 @@ def pareto(rows: dict[str, tuple[float, float, float]], *, metric: str = "perple
 
     The line joins the schemes that no other one beats on both.
     """
-    figure, (ax,) = axes(width=7.5, height=4.0)
+    figure, (ax,) = axes(width=7.5, height=4.0 + 0.06 * len(rows))
     front = [name for name, (x, y, _) in rows.items() if not any(a <= x and b < y for a, b, _ in rows.values())]
     front.sort(key=lambda name: rows[name][0])
     ax.plot([rows[n][0] for n in front], [rows[n][1] for n in front], color=COLOURS[2], linewidth=1.5, zorder=1)
     for name, (x, y, error) in rows.items():
         colour = COLOURS[2] if name in front else COLOURS[5]
         ax.errorbar(x, y, yerr=1.96 * error, fmt="o", color=colour, capsize=3, zorder=2)
+    ax.margins(x=0.15)
     _label(ax, {name: (x, y) for name, (x, y, _) in rows.items()})
     ax.set_xlabel("weights and scales (GB)")
     ax.set_ylabel(f"{metric}, with its 95 % interval")
-    ax.margins(x=0.12)
     return figure
 
 
 def _label(ax, points: dict[str, tuple[float, float]]):
-    """Names beside points, those of points that (nearly) coincide under one another."""
-    placed = []
-    width = max(x for x, _ in points.values()) - min(x for x, _ in points.values()) or 1
-    height = max(y for _, y in points.values()) - min(y for _, y in points.values()) or 1
-    for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        near = sum(abs(x - a) < 0.12 * width and abs(y - b) < 0.05 * height for a, b in placed)
-        placed.append((x, y))
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        ax.annotate(name, (x, y), (9, 4 - 13 * near), textcoords="offset points", color=INK, fontsize=9, bbox=ground)
+    """Names beside their points: the first place around each that no other name and no other point takes."""
+    ax.autoscale_view()
+    scale = 72 / ax.figure.dpi
+    spots = {name: ax.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots.values()]
+    for name, (x, y) in sorted(spots.items(), key=lambda item: -item[1][1]):
+        width, height = 4.9 * len(name), 11  # of the letters below, in points
+        sides = [(dx, dy) for dy in (-4, 7, -16, 19, -28, 31, -40) for dx in (8, -8 - width)]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in sides]
+        free = [not any(_overlap(box, other) for other in taken) for box in boxes]
+        place = free.index(True) if True in free else 0
+        taken.append(boxes[place])
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.7}
+        far = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6} if place > 5 else None
+        ax.annotate(
+            name,
+            points[name],
+            sides[place],
+            textcoords="offset points",
+            color=INK,
+            fontsize=8,
+            bbox=ground,
+            arrowprops=far,
+        )
+
+
+def _overlap(one, other) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def degradation(rows: dict[str, dict[str, tuple[float, float]]], *, claim: float = 5.0):

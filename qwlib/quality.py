@@ -178,9 +178,7 @@ class _Scan:
         encoded = lm.tokenizer(text, return_offsets_mapping=True, verbose=False)
         self.lm, self.text, self.protocol, self.batch = lm, text, protocol, batch
         self.ids, self.places = torch.tensor(encoded.input_ids, dtype=torch.long), encoded["offset_mapping"]
-        self.spans = windows(protocol, len(self.ids), getattr(lm.model.config, "max_position_embeddings", None))[
-            :blocks
-        ]
+        self.spans = windows(protocol, len(self.ids), lm.longest)[:blocks]
         self.tokens = sum(end - first for _, first, end in self.spans)
         if self.tokens < 2:
             raise QwlibError(

@@ -1,53 +1,157 @@
-"""A model quantized into an artefact: the folder that can be loaded, measured and passed on."""
+"""A model quantized into an artefact: the folder that can be loaded, measured and passed on.
+
+What bitsandbytes quantizes while it loads is loaded and saved. Every other maker reads files and writes files, in a process
+of its own, in whichever environment has it: it may crash, take all memory or change settings of the libraries it uses, and
+nobody else notices.
+
+    python -m qwlib.quantizing JOB.json
+"""
 
 import json
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
-from . import artefacts, catalog, estimates, files, loading, schemes
+from . import artefacts, calibration, catalog, environment, estimates, files, loading, record, schemes
+from .backends import BACKENDS
 from .errors import QwlibError
+from .worker import last_word
 
 
-def quantize(model: str, scheme: str, out: Path | None = None) -> Path:
+def quantize(
+    model: str,
+    scheme: str,
+    out: Path | None = None,
+    *,
+    group_size: int | None = None,
+    text: str | None = None,
+    timeout: float = 6 * 3600,
+) -> Path:
     """The folder of `model` quantized under `scheme`: made now, or found where the same request made it before.
 
-    `out` defaults to a folder in the cache. Raises QwlibError for an unknown model or scheme, one that can't be saved or is not
-    quantized, a model that is quantized already or has an adapter, a disk without room, and an `out` that holds something else.
+    `out` defaults to a folder in the cache. `group_size`: weights that share a scale, for schemes where it can be chosen.
+    `text`: what a calibrated scheme reads, a file or `wikitext2`; else the standard library's docstrings.
+
+    Raises QwlibError for an unknown model or scheme, one that can't be saved or is not quantized, a group size that does not
+    divide, a model that is quantized already or has an adapter, a backend or device that is not there, a disk without room, an
+    `out` that holds something else, and a maker that failed.
     """
-    row, scheme = catalog.find(model), schemes.find(scheme)
-    if scheme.bits_per_weight >= 16:
-        raise QwlibError(f"{scheme.name} quantizes nothing: choose a scheme with fewer bits")
-    if scheme.unsavable:
-        raise QwlibError(scheme.unsavable)
-    if row.adapter:
-        raise QwlibError(f"{row.name} is an adapter over {row.source}: merge the two first, and name the folder")
-    if saved := loading.saved_scheme(row):
-        raise QwlibError(f"{row.name} is {saved} already: name the 16-bit model that it was made from")
-    dtype, _ = loading.pick_dtype(scheme, loading.pick_device()[0])
+    row, scheme = catalog.find(model), schemes.find(scheme).grouped(group_size)
+    _check(row, scheme, text)
+    device, _ = loading.pick_device()
+    dtype, _ = loading.pick_dtype(scheme, device)
     wanted = {"source": artefacts.source(row), "scheme": scheme.name, "dtype": str(dtype).removeprefix("torch.")}
+    if scheme.group:
+        wanted["group_size"] = scheme.group
+    if scheme.calibrated:
+        wanted["calibration"] = calibration.facts(text, device.type)
     folder = Path(out).expanduser().absolute() if out is not None else _place(wanted)
     try:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             _check_disk(row, scheme, folder)
             with files.new_folder(folder) as made:
-                with loading.load(row, scheme) as lm:
-                    lm.save(made)
-                artefacts.seal(made, **wanted)
+                began = time.perf_counter()
+                if scheme.maker:
+                    found = _apart(row, scheme, made, text, device, timeout)
+                else:
+                    found = {}
+                    with loading.load(row, scheme) as lm:
+                        lm.save(made)
+                if not artefacts.is_complete(artefacts.parts(made)):
+                    raise QwlibError(f"{scheme.name} could not be made: its maker wrote no weights")
+                seconds = round(time.perf_counter() - began, 1)
+                artefacts.seal(made, **(wanted | found), seconds=seconds, made_on=device.type)
         return _found(folder, wanted)
     except OSError as error:
         raise QwlibError(f"{folder} can't be written: {error.strerror or error}") from None
 
 
+def _check(row: catalog.Model, scheme: schemes.Scheme, text: str | None) -> None:
+    if scheme.bits_per_weight >= 16 and not scheme.maker:
+        raise QwlibError(f"{scheme.name} quantizes nothing: choose a scheme with fewer bits")
+    if scheme.unsavable:
+        raise QwlibError(scheme.unsavable)
+    if text and not scheme.calibrated:
+        raise QwlibError(f"{scheme.name} reads no text while it quantizes: leave out the calibration text")
+    if row.adapter:
+        raise QwlibError(f"{row.name} is an adapter over {row.source}: merge the two first, and name the folder")
+    if saved := loading.saved_scheme(row):
+        raise QwlibError(f"{row.name} is {saved} already: name the 16-bit model that it was made from")
+    if scheme.made_on == "cuda" and loading.pick_device()[0].type != "cuda":
+        raise QwlibError(
+            f"{scheme.name} is made on a GPU only, and PyTorch sees none: load an artefact that was made on one"
+        )
+    if scheme.group:
+        _check_groups(row, scheme)
+
+
+def _check_groups(row: catalog.Model, scheme: schemes.Scheme) -> None:
+    shapes = estimates.meta_model(row)
+    for name, fmt in schemes.plan(shapes, scheme).items():
+        width = shapes.get_submodule(name).weight.shape[-1]
+        if fmt == scheme.linear and width % scheme.group:
+            fits = " or ".join(str(size) for size in (128, 64, 32, 16) if width % size == 0)
+            raise QwlibError(f"groups of {scheme.group} do not divide the {width} inputs of {name}: choose {fits}")
+
+
+def _apart(row, scheme, made: Path, text, device, timeout: float) -> dict:
+    """Quantize in a process of its own; the facts for the manifest come back."""
+    job = {"source": loading.folder(row), "scheme": scheme.name, "group_size": scheme.group, "out": str(made)}
+    with tempfile.TemporaryDirectory() as folder:
+        exchange = files.write_text(Path(folder) / "job.json", json.dumps(job | {"text": text, "device": str(device)}))
+        call = environment.command(scheme.maker, "qwlib.quantizing", str(exchange))
+        try:
+            done = subprocess.run(**call, cwd=folder, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise QwlibError(f"{scheme.name} was stopped after {timeout:.0f} s") from None
+        if why := last_word(done.returncode, done.stderr):
+            raise QwlibError(f"{scheme.name} could not be made: {why}")
+        return json.loads(exchange.read_text())
+
+
+def main() -> None:
+    """The other side of `_apart`."""
+    import torch
+    from transformers import AutoTokenizer
+
+    exchange = Path(sys.argv[1])
+    job = json.loads(exchange.read_text())
+    scheme = schemes.find(job["scheme"]).grouped(job["group_size"])
+    device, out, facts = torch.device(job["device"]), Path(job["out"]), {}
+    try:
+        chosen = None
+        if scheme.calibrated:
+            chosen = calibration.make(AutoTokenizer.from_pretrained(job["source"]), job["text"], device.type)
+            facts["calibration"] = chosen.facts
+        module = BACKENDS[scheme.maker].load_module()
+        facts["tools"] = record.environment()["packages"]
+        facts["settings"] = module.quantize(job["source"], scheme, out, chosen, device) or None
+    except QwlibError as error:
+        sys.exit(str(error))
+    except Exception as error:  # whatever a maker raises is told in one line, the trace before it
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    files.write_text(exchange, json.dumps(facts))
+
+
 def _found(folder: Path, wanted: dict) -> Path:
     """`folder` if it holds what is wanted: made just now, at an earlier time, or by another process that was faster."""
     found = artefacts.verify(folder) if folder.is_dir() else None
-    if (
-        found is None
-        or not artefacts.same(found["source"], wanted["source"])
-        or any(found[key] != wanted[key] for key in ("scheme", "dtype"))
-    ):
+    if found is None or not artefacts.same(found["source"], wanted["source"]) or not _contains(found, wanted):
         raise QwlibError(f"{folder} holds something else: name another folder, or remove that one")
     return folder
+
+
+def _contains(found: dict, wanted: dict) -> bool:
+    asked = {key: value for key, value in wanted.items() if key != "source"}
+    return all(
+        _contains(found.get(key, {}), value) if isinstance(value, dict) else found.get(key) == value
+        for key, value in asked.items()
+    )
 
 
 def _place(wanted: dict) -> Path:
@@ -58,9 +162,15 @@ def _place(wanted: dict) -> Path:
 def _check_disk(row: catalog.Model, scheme: schemes.Scheme, folder: Path) -> None:
     e = estimates.estimate(row, scheme, context=1)
     need = 1.1 * (e.weights_bytes + e.state_bytes) + 5e7  # names, tokenizer
+    if scheme.maker == "llama.cpp":
+        need += 2 * e.parameters  # the 16-bit file that it quantizes
     above = next(parent for parent in folder.parents if parent.is_dir())
     free = shutil.disk_usage(above).free
     if need > free:
         raise QwlibError(
             f"{row.name} in {scheme.name} takes {need / 1e9:.1f} GB on disk, {above} has {free / 1e9:.1f} free"
         )
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,10 @@ from . import files
 from .errors import QwlibError
 
 SCHEMA = 1
-PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "qwlib")
+PACKAGES = (
+    *("torch", "transformers", "bitsandbytes", "accelerate", "peft", "qwlib"),
+    *("llama-cpp-python", "gptqmodel", "auto-round", "onnxruntime-genai", "hqq", "torchao", "exllamav2", "exllamav3"),
+)
 
 _NUMBER, _TEXT, _COUNT = {"type": "number"}, {"type": "string"}, {"type": "integer", "minimum": 0}
 _SUMMARY = {
@@ -37,6 +40,7 @@ _SPEED = _part(
     new_tokens=_COUNT,
     runs=_COUNT,
     warmup=_COUNT,
+    import_s=_NUMBER,
     load_s=_NUMBER,
     first_call_s=_NUMBER,
     ttft_s=_SUMMARY,
@@ -86,6 +90,22 @@ RECORD = _part(
         request_peak_bytes=_COUNT,
         kv_bytes_per_token=_COUNT,
     ),
+    artefact=_part(
+        "file_bytes tools",
+        file_bytes=_COUNT,
+        seconds=_NUMBER,
+        made_on=_TEXT,
+        tools={"type": "object", "additionalProperties": _TEXT},
+        settings={"type": "object"},
+        calibration=_part(
+            "text text_sha256 samples length tokens",
+            text=_TEXT,
+            text_sha256=_TEXT,
+            samples=_COUNT,
+            length=_COUNT,
+            tokens=_COUNT,
+        ),
+    ),
     speed=_SPEED,
     sweep={"type": "array", "items": _SPEED},
     quality=_part(
@@ -129,7 +149,8 @@ RECORD = _part(
         ),
     },
     notes={"type": "array", "items": _TEXT},
-    failure=_part("reason", reason=_TEXT),
+    answer=_part("question text tokens", question=_TEXT, text=_TEXT, tokens=_COUNT),
+    failure=_part("reason", reason=_TEXT, skipped={"type": "boolean"}),
     rows={"type": "array", "items": {"type": "object"}},
 ) | {
     "if": {"properties": {"kind": {"const": "bench"}}},

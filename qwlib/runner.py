@@ -15,7 +15,7 @@ from pathlib import Path
 from . import record, report
 from .errors import QwlibError
 
-CELL_TIMEOUT_S = 900
+CELL_TIMEOUT_S = 1800
 
 
 @dataclass

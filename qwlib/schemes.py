@@ -8,12 +8,17 @@ Where bits per weight come from: a 4-bit code costs 4 bits, and every block of 6
 (8 / 64 + 32 / (64 × 256) = 0.127 bits). Source: QLoRA, arXiv 2305.14314, section 3. int8 keeps one float32 scale a row,
 which is under 0.1 bit for rows of 320 or more, and is left out of the figure.
 
+GPTQ's and AWQ's files keep a 16-bit scale and a 4-bit zero point a group (20 / 64 = 0.31 bits), HQQ and ONNX Runtime 32 bits a
+group. The formats of llama.cpp are blocks of 32 or 256 weights with everything inside: bytes of a block × 8 / weights in it.
+Its mixtures (`_k_m`) store some tensors in larger types, and fall back to others where rows are no multiple of 256, so the
+file says what a model takes; so does every other file.
+
 What "4-bit model" leaves out: by default the embedding and the head stay 16-bit. Rows `nf4-all` and `nf4-mixed` store
-them too.
+them too; llama.cpp and ONNX Runtime always do.
 """
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import QwlibError
 
@@ -29,12 +34,42 @@ BITS = {
     "fp4-dq": 4 + 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK),
     "nf4": 4 + 32 / BLOCK,
     "nf4-dq": 4 + 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK),
+    # bytes of a block × 8 / weights in it; source: ggml's block structures, which gguf.GGML_QUANT_SIZES lists
+    "q8_0": 34 * 8 / 32,
+    "q6_k": 210 * 8 / 256,
+    "q5_k": 176 * 8 / 256,
+    "q4_k": 144 * 8 / 256,
+    "q4_0": 18 * 8 / 32,
+    "q3_k": 110 * 8 / 256,
+    "q2_k": 84 * 8 / 256,
+    "exl2-4": 4.0,
+    "exl3-4": 4.0,
+    "exl3-2": 2.0,
 }
+GROUP_BITS = {
+    "gptq": 16 + 4,
+    "awq": 16 + 4,
+    "hqq": 16 + 16,
+    "onnx": 32,
+    "tao": 16 + 16,
+}  # beside the 4-bit codes, a group
+
+
+def bits(fmt: str) -> float:
+    """Bits a weight of a format: a key of `BITS`, or 4 bits in groups of N, such as `gptq-g64`."""
+    if fmt in BITS:
+        return BITS[fmt]
+    kind, _, group = fmt.partition("-g")
+    return 4 + GROUP_BITS[kind] / int(group)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a model's weights are stored. `linear`, `embedding` and `head` are keys of `BITS`."""
+    """How a model's weights are stored. `linear`, `embedding` and `head` are formats (see `bits`).
+
+    `backend` executes it and `maker` makes its files: a backend too, None where weights are quantized while they are loaded.
+    `calibrated`: it reads a text while it quantizes. `made_on`: the device that its maker needs, None for any.
+    """
 
     name: str
     backend: str
@@ -42,16 +77,38 @@ class Scheme:
     embedding: str
     head: str
     what: str
+    maker: str | None = None
+    calibrated: bool = False
+    made_on: str | None = None
 
     @property
     def bits_per_weight(self) -> float:
         """Bits that one weight of a linear layer takes, its share of the scales included."""
-        return BITS[self.linear]
+        return bits(self.linear)
+
+    @property
+    def group(self) -> int | None:
+        """Weights of a row that share a scale, None where that can't be chosen."""
+        _, _, group = self.linear.partition("-g")
+        return int(group) if group else None
+
+    def grouped(self, size: int | None) -> "Scheme":
+        """The same with another group size; None changes nothing.
+
+        Raises QwlibError where it can't be chosen.
+        """
+        if size is None or size == self.group:
+            return self
+        if self.group is None:
+            raise QwlibError(f"{self.name} has no group size to choose: leave it out")
+        return replace(self, linear=f"{self.linear.partition('-g')[0]}-g{size}")
 
     @property
     def unsavable(self) -> str | None:
         """Why a model under this scheme can't be written to files, None if it can."""
-        if self.embedding == self.base:
+        if self.backend in (_HQQ, _TAO):
+            return f"{self.name} is quantized while it is loaded: {_WHY[self.backend]}"
+        if self.maker or self.embedding == self.base:
             return None
         return f"a quantized embedding can't be saved: save {self.linear} instead of {self.name}"
 
@@ -61,7 +118,9 @@ class Scheme:
         return self.embedding if self.embedding in ("fp32", "bf16", "fp16") else "bf16"
 
 
-_HF, _BNB = "transformers", "bitsandbytes"
+_HF, _BNB, _HQQ, _TAO = "transformers", "bitsandbytes", "hqq", "torchao"
+_GGUF, _GPTQ, _ROUND, _ONNX = "llama.cpp", "gptqmodel", "auto-round", "onnxruntime"
+_WHY = {_HQQ: "HQQ writes pickles, which qwlib never opens", _TAO: "its files hold what only the same torchao reads"}
 SCHEMES = {
     row.name: row
     for row in (
@@ -75,9 +134,30 @@ SCHEMES = {
         Scheme("nf4-dq", _BNB, "nf4-dq", "bf16", "bf16", "nf4 with its scales in 8-bit: the usual 'QLoRA' setting"),
         Scheme("nf4-mixed", _BNB, "nf4-dq", "int8", "int8", "nf4-dq, and embedding and head in 8-bit"),
         Scheme("nf4-all", _BNB, "nf4-dq", "nf4-dq", "nf4-dq", "nf4-dq, and embedding and head in 4-bit too"),
+        Scheme("gguf-bf16", _GGUF, "bf16", "bf16", "bf16", "the 16-bit weights in llama.cpp's file", _GGUF),
+        Scheme("gguf-q8_0", _GGUF, "q8_0", "q8_0", "q8_0", "8 bits, blocks of 32", _GGUF),
+        Scheme("gguf-q6_k", _GGUF, "q6_k", "q6_k", "q6_k", "6 bits, scales in two levels", _GGUF),
+        Scheme("gguf-q5_k_m", _GGUF, "q5_k", "q6_k", "q6_k", "5 bits, some tensors 6", _GGUF),
+        Scheme("gguf-q4_k_m", _GGUF, "q4_k", "q6_k", "q6_k", "4 bits, some tensors 6: the usual download", _GGUF),
+        Scheme("gguf-q4_0", _GGUF, "q4_0", "q6_k", "q6_k", "4 bits, blocks of 32, no zero point: the oldest", _GGUF),
+        Scheme("gguf-q3_k_m", _GGUF, "q3_k", "q6_k", "q6_k", "3 bits, some tensors 4 or 5", _GGUF),
+        Scheme("gguf-q2_k", _GGUF, "q2_k", "q6_k", "q6_k", "2 bits, some tensors more", _GGUF),
+        Scheme("gptq-4bit", _GPTQ, "gptq-g64", "bf16", "bf16", "each column's error fed forward", _GPTQ, True),
+        Scheme("awq-4bit", _GPTQ, "awq-g64", "bf16", "bf16", "scaled by activations", _GPTQ, True, "cuda"),
+        Scheme("autoround-4bit", _GPTQ, "gptq-g64", "bf16", "bf16", "rounding learnt, GPTQ's file", _ROUND, True),
+        Scheme("autoround-4bit-awq", _GPTQ, "awq-g64", "bf16", "bf16", "rounding learnt, AWQ's file", _ROUND, True),
+        Scheme("autoround-4bit-gguf", _GGUF, "q4_k", "q6_k", "q6_k", "rounding learnt, a Q4_K_M file", _ROUND, True),
+        Scheme("onnx-int4", _ONNX, "onnx-g32", "onnx-g32", "onnx-g32", "4-bit integers, rounded to nearest", _ONNX),
+        Scheme("hqq-4bit", _HQQ, "hqq-g64", "bf16", "bf16", "zero points fitted without any text"),
+        Scheme("torchao-int8", _TAO, "int8", "bf16", "bf16", "8-bit integers, a scale a row; activations 16-bit"),
+        Scheme("torchao-int4", _TAO, "tao-g64", "bf16", "bf16", "4-bit integers, on a GPU only", made_on="cuda"),
+        Scheme("exl2-4bit", "exllamav2", "exl2-4", "bf16", "bf16", "GPTQ's way, bits mixed", "exllamav2", True, "cuda"),
+        Scheme("exl3-4bit", "exllamav3", "exl3-4", "bf16", "bf16", "a trellis code", "exllamav3", True, "cuda"),
+        Scheme("exl3-2bit", "exllamav3", "exl3-2", "bf16", "bf16", "the same in 2 bits", "exllamav3", True, "cuda"),
     )
 }
 REFERENCE = "bf16"
+BUILT_IN = [row.name for row in SCHEMES.values() if row.backend in (_HF, _BNB)]  # what the base install runs
 
 
 def find(name: str) -> Scheme:

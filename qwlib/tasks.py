@@ -20,6 +20,7 @@ import random
 from pathlib import Path
 
 from . import embedded, files
+from .engines import Transformers
 from .errors import QwlibError
 
 _KEYS = {"task", "dataset_path", "dataset_kwargs", "output_type", "training_split", "validation_split", "test_split"}
@@ -40,13 +41,18 @@ def evaluate(lm, path: Path, *, limit: int | None = None, batch: int = 8) -> dic
     item of a record's `tasks`: `model, scheme, task, metric, value, stderr, n, shots, batch, harness, sha256` (of the YAML
     file and its data).
 
-    Raises QwlibError where the harness is missing, the weights are random, or the file is no plain local task.
+    Raises QwlibError where the harness is missing, the weights are random, the model is none of transformers', or the file is
+    no plain local task.
     """
     ready, why = available()
     if not ready:
         raise QwlibError(f"a task {why}")
     if lm.weights == "random":
         raise QwlibError("random weights have no accuracy: load trained ones to evaluate a task")
+    if not isinstance(lm.engine, Transformers):
+        raise QwlibError(
+            f"the harness takes transformers' models, and {lm.scheme.name} is none: measure its perplexity"
+        )
     settings, digest = read(path)
     results = _run(lm, settings, limit, batch)
     row, name = results["results"][settings["task"]], settings["task"]

@@ -14,8 +14,6 @@ import time
 from . import embedded, memory, streaming
 from .errors import QwlibError
 
-ENGINE = "transformers generate, dynamic cache"
-
 
 def summary(values: list[float]) -> dict[str, float]:
     """Percentiles p50, p90, p95 and p99 with linear interpolation, and n; p99 is left out below 100 samples."""
@@ -88,10 +86,11 @@ def measure_speed(
     shape = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     lines = time_requests(lm, **shape, runs=1 + warmup + runs, clock=clock)
     return {
-        "engine": ENGINE,
+        "engine": lm.engine.name,
         **shape,
         "runs": runs,
         "warmup": warmup,
+        "import_s": lm.import_s,
         "load_s": lm.load_s,
         "first_call_s": lines[0].e2e_s,
         **summarise(lines[1 + warmup :]),
@@ -143,7 +142,7 @@ def best(ways: dict, rounds: int, device, *, clock: streaming.Clock = time.perf_
 
 def roofline(lm, bandwidth: float) -> float:
     """Decoding steps a second that `bandwidth` (bytes a second) allows, if each step reads every weight once."""
-    return bandwidth / memory.read_bytes(lm.model)
+    return bandwidth / lm.engine.read_bytes()
 
 
 def request_peak(lm, *, batch: int, prompt_tokens: int, new_tokens: int) -> int | None:

@@ -1,11 +1,11 @@
 """One job, one process, one record.
 
 A job is plain JSON: `{"model", "scheme", "weights", "batch", "prompt_tokens", "new_tokens", "runs", "warmup", "batches",
-"quality": {"protocol", "blocks", "text", "keep", "reference"}}`, all but the first two optional. `batches` are more batch
-sizes to time; `keep` is an empty folder for the scores of a reference, `reference` a folder where they were kept. `run`
-does a job in this process; `spawn` does it in a fresh one, so that peaks of memory are the job's own, jobs can't disturb
-each other, and a crash or an out-of-memory kill becomes a record with its reason. Another environment or machine can run
-the same line:
+"ask", "quality": {"protocol", "blocks", "text", "keep", "reference"}}`, all but the first two optional. `batches` are more
+batch sizes to time; `ask` is a question to answer; `keep` is an empty folder for the scores of a reference, `reference` a
+folder where they were kept. `run` does a job in this process; `spawn` does it in a fresh one, in whichever environment has the
+backend, so that peaks of memory are the job's own, jobs can't disturb each other, and a crash or an out-of-memory kill becomes
+a record with its reason. Another environment or machine can run the same line:
 
     python -m qwlib.worker JOB.json RECORD.json
 """
@@ -17,7 +17,20 @@ import sys
 import traceback
 from pathlib import Path
 
-from . import embedded, estimates, files, loading, memory, quality, record, schemes, texts, timing
+from . import (
+    artefacts,
+    calibration,
+    embedded,
+    environment,
+    estimates,
+    files,
+    loading,
+    quality,
+    record,
+    schemes,
+    texts,
+    timing,
+)
 from .errors import QwlibError
 from .reference import Reference
 
@@ -29,6 +42,7 @@ DEFAULTS = {
     "runs": 5,
     "warmup": 1,
     "batches": [],
+    "ask": None,
     "quality": None,
 }
 
@@ -38,10 +52,10 @@ def complete(job: dict) -> dict:
 
     Raises QwlibError for an unknown key or a value of the wrong kind.
     """
-    known = {"model": str, "scheme": str, "weights": str, "batches": list, "quality": dict | None}
+    known = {"model": str, "scheme": str, "weights": str, "batches": list, "ask": str | None, "quality": dict | None}
     for key, value in job.items():
         if key not in known | DEFAULTS:
-            raise QwlibError(f"unknown key {key!r} in a job: known are {', '.join([*known, *DEFAULTS][:12])}")
+            raise QwlibError(f"unknown key {key!r} in a job: known are {', '.join(dict.fromkeys([*known, *DEFAULTS]))}")
         if not isinstance(value, known.get(key, int)):
             raise QwlibError(f"job key {key!r} must be {known.get(key, int)}, not {value!r}")
     if missing := {"model", "scheme"} - set(job):
@@ -53,6 +67,8 @@ def run(job: dict) -> dict:
     """Load, measure memory, speed and (where asked) quality; the record comes back."""
     job = complete(job)
     wanted = _text(job["quality"]) if job["quality"] is not None else None  # a mistake shows before anything is loaded
+    if wanted and Path(job["model"]).is_dir() and (made := artefacts.read(job["model"])) and "calibration" in made:
+        calibration.check(made["calibration"], wanted["text"])
     estimate = estimates.estimate(job["model"], job["scheme"])
     shape = {key: job[key] for key in ("batch", "prompt_tokens", "new_tokens")}
     with loading.load(job["model"], job["scheme"], weights=job["weights"]) as lm:
@@ -64,7 +80,7 @@ def run(job: dict) -> dict:
             speed["roofline_share"] = steps_per_s / timing.roofline(lm, bandwidth)
         measured = dict(lm.memory)
         measured["kv_bytes_per_token"] = estimate.kv_bytes_per_token
-        after = sum(memory.measure(lm.model).values())
+        after = sum(lm.engine.held().values())
         if after != measured["weights_bytes"] + measured["state_bytes"]:
             measured["repacked_bytes"] = after
         peak = timing.request_peak(lm, **shape)
@@ -72,15 +88,18 @@ def run(job: dict) -> dict:
             measured["request_peak_bytes"] = peak
         scored = _quality(lm, **wanted) if wanted else None
         timed = {"runs": job["runs"], "warmup": job["warmup"]}
+        answer = _ask(lm, job["ask"], job["new_tokens"]) if job["ask"] else None
         sweep = [timing.measure_speed(lm, **(shape | {"batch": size}), **timed) for size in job["batches"]]
         result = record.new(
             "bench",
             model=describe_model(lm, estimate.parameters),
-            scheme=describe_scheme(lm.scheme),
+            scheme=describe_scheme(lm.scheme, lm.manifest),
+            artefact=describe_artefact(lm.manifest) if lm.manifest else None,
             memory=measured,
             speed=speed,
             quality=scored,
             sweep=sweep or None,
+            answer=answer,
         )
         result["env"] |= describe_choices(lm)
     return record.validate(result)
@@ -101,6 +120,12 @@ def _text(wanted: dict) -> dict:
 
 def _quality(lm, *, text: str, name: str, **options) -> dict:
     return {"text": name} | quality.measure(lm, text, **options)
+
+
+def _ask(lm, question: str, new_tokens: int) -> dict:
+    """The answer, greedy, up to the end of its text or `new_tokens`."""
+    ids = lm.stream(lm.chat(question), new_tokens=new_tokens, stop_at_eos=True)[0]
+    return {"question": question, "text": lm.tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids)}
 
 
 def describe_model(lm, parameters: int) -> dict:
@@ -126,8 +151,18 @@ def describe_model(lm, parameters: int) -> dict:
     return part
 
 
-def describe_scheme(scheme: schemes.Scheme) -> dict:
-    """The `scheme` part of a record."""
+def describe_artefact(manifest: dict) -> dict:
+    """The `artefact` part of a record: what its files take, and how they were made."""
+    part = {"file_bytes": artefacts.weight_bytes(manifest), "tools": manifest["tools"]}
+    part |= {key: manifest[key] for key in ("seconds", "made_on", "settings", "calibration") if key in manifest}
+    if "calibration" in part:
+        part["calibration"] = {key: fact for key, fact in part["calibration"].items() if key != "sequences"}
+    return part
+
+
+def describe_scheme(scheme: schemes.Scheme, manifest: dict | None = None) -> dict:
+    """The `scheme` part of a record, with the group size of the artefact that was read."""
+    scheme = scheme.grouped((manifest or {}).get("group_size"))
     return {"name": scheme.name, "backend": scheme.backend, "bits_per_weight": scheme.bits_per_weight}
 
 
@@ -154,12 +189,8 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600) -> dict:
     path.unlink(missing_ok=True)
     source = files.write_text(path.with_suffix(".job"), json.dumps(job))
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "qwlib.worker", str(source), str(path)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        call = environment.command(schemes.find(job["scheme"]).backend, "qwlib.worker", str(source), str(path))
+        done = subprocess.run(**call, capture_output=True, text=True, timeout=timeout)
         reason = last_word(done.returncode, done.stderr)
         if reason is None:
             return record.read(path)
@@ -169,14 +200,17 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600) -> dict:
         reason = str(error)
     finally:
         source.unlink(missing_ok=True)
+    return fail(job, reason, path)
+
+
+def fail(job: dict, reason: str, path: Path, *, skipped: bool = False) -> dict:
+    """The record of a job that gave no figures, written to `path`; `skipped` if it was not even tried."""
+    model = Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"]
     failed = record.new(
         "bench",
-        model={
-            "name": Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"],
-            "weights": job["weights"],
-        },
+        model={"name": model, "weights": job["weights"]},
         scheme=describe_scheme(schemes.find(job["scheme"])),
-        failure={"reason": reason},
+        failure={"reason": reason} | ({"skipped": True} if skipped else {}),
     )
     record.write(failed, path)
     return failed

@@ -255,12 +255,12 @@ def test_bench_refuses_what_can_not_be_a_row(made, copy, tmp_path, jobs, tiny_fo
     with pytest.raises(QwlibError, match="random weights have no folders"):
         list(bench.rows(made[0], [str(made[1])], tmp_path, weights="random"))
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 3}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / artefacts.MANIFEST).unlink()
-    with pytest.raises(QwlibError, match="was saved as gptq, which nothing here runs"):
+    with pytest.raises(QwlibError, match="was saved as 3-bit gptq, which nothing here runs"):
         bench.names([str(copy)])
-    with pytest.raises(QwlibError, match="was saved as gptq, which nothing here runs"), qwlib.load(copy):
+    with pytest.raises(QwlibError, match="was saved as 3-bit gptq, which nothing here runs"), qwlib.load(copy):
         pass
     assert not jobs
 

@@ -13,7 +13,7 @@ def off(estimate, lm) -> float:
     return abs(estimate.weights_bytes + estimate.state_bytes - measured) / measured
 
 
-@pytest.mark.parametrize("scheme", schemes.SCHEMES)
+@pytest.mark.parametrize("scheme", schemes.BUILT_IN)
 def test_the_estimate_is_what_loading_measures(scheme):
     with qwlib.load("smollm2-135m", scheme) as lm:
         estimate = qwlib.estimate("smollm2-135m", scheme)
@@ -24,7 +24,7 @@ def test_the_estimate_is_what_loading_measures(scheme):
 
 
 @pytest.mark.parametrize("kind", TINY)
-@pytest.mark.parametrize("scheme", schemes.SCHEMES)
+@pytest.mark.parametrize("scheme", schemes.BUILT_IN)
 def test_the_estimate_holds_for_every_architecture(tiny_folder, kind, scheme):
     folder = tiny_folder(kind)
     with qwlib.load(folder, scheme) as lm:

@@ -130,6 +130,33 @@ def test_a_missing_package_is_told(monkeypatch):
         pass
 
 
+def test_a_pickle_is_refused(tmp_path, tiny_folder):
+    import shutil
+
+    shutil.copy(f"{tiny_folder('llama')}/config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(QwlibError, match=r"in pytorch_model.bin, a pickle, which can run code"), qwlib.load(tmp_path):
+        pass
+
+
+def test_a_scheme_that_is_read_from_files_says_how_to_make_them():
+    with pytest.raises(QwlibError, match="quantize --scheme gguf-q4_k_m"), qwlib.load("smollm2-135m", "gguf-q4_k_m"):
+        pass
+    with pytest.raises(QwlibError, match="read from files"), qwlib.load("llama-3.1-8b", "gptq-4bit", weights="random"):
+        pass
+
+
+def test_a_scheme_for_gpus_is_refused_on_a_cpu(monkeypatch):
+    from qwlib.backends import Backend
+
+    monkeypatch.setattr(Backend, "available", lambda self: (True, "installed"))
+    with (
+        pytest.raises(QwlibError, match="torchao-int4 needs a GPU"),
+        qwlib.load("smollm2-135m", "torchao-int4", device="cpu"),
+    ):
+        pass
+
+
 def test_a_folder_without_weights_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
     with pytest.raises(QwlibError, match="can't be loaded"), qwlib.load(str(tmp_path)):

@@ -19,7 +19,27 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from .. import estimates, schemes
 from ..errors import QwlibError
+from . import hf
+
+
+def fill(lm, source: str) -> None:
+    """Load what `source` holds, quantized while it is loaded if it is not quantized yet."""
+    hf.read(lm, source, None if lm.saved else _wanted(lm))
+    finish(lm.model, lm.scheme, lm.dtype)
+    hf.finish(lm)
+
+
+def _wanted(lm):
+    shapes = estimates.meta_model(lm.row)
+    formats = schemes.plan(shapes, lm.scheme)
+    head = shapes.get_output_embeddings()
+    return config(
+        lm.scheme.linear,
+        lm.dtype,
+        [name for name, module in shapes.named_modules() if name in formats and module is head],
+    )
 
 
 def config(fmt: str, dtype, keep: list[str]):

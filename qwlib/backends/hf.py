@@ -1,0 +1,86 @@
+"""transformers: a folder of safetensors loaded with `from_pretrained`, and checked for what it silently leaves out.
+
+Folders that GPTQ, AWQ or bitsandbytes wrote say in their configuration how they were quantized, and transformers hands them
+to the package that reads them; qwlib only checks that every weight came.
+"""
+
+from .. import memory
+from ..engines import Transformers
+from ..errors import QwlibError
+from ..lm import quiet
+
+
+def fill(lm, source: str) -> None:
+    """Load model and tokenizer from `source` as they are."""
+    read(lm, source)
+    finish(lm)
+
+
+def read(lm, source: str, quantization=None) -> None:
+    """The plain transformers model of `lm`, quantized while it is loaded if a configuration is given.
+
+    Raises QwlibError where weights are missing or of another shape; transformers would make them up.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        lm.model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=lm.dtype,
+            device_map={"": lm.device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            **({"quantization_config": quantization} if quantization else {}),  # None would hide what the folder says
+        )
+    lm.model.eval()
+    lm.tokenizer = tokenizer(lm, source)
+    if absent := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
+        raise QwlibError(
+            f"{lm.row.name} lacks {len(absent)} of its weights, {absent[0]} first: is the folder complete?"
+        )
+    if lm.device.type == "cpu":
+        memory.own(lm.model)
+
+
+def finish(lm) -> None:
+    """What every transformers model needs once its weights are there: the adapter, greedy settings, an engine."""
+    from transformers import GenerationConfig
+
+    if lm.row.adapter and lm.weights == "trained":
+        lm.model = _adapted(lm)
+    old = lm.model.generation_config
+    lm.model.generation_config = GenerationConfig(  # sampling settings of the publisher would warn at every greedy call
+        bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
+    )
+    stray = {str(t.device) for t in lm.model.parameters()} - {str(lm.device)}
+    if stray and lm.device.index is not None:
+        raise QwlibError(f"parts of {lm.row.name} landed on {', '.join(sorted(stray))} instead of {lm.device}")
+    lm.engine = Transformers(lm.model, lm.device)
+
+
+def tokenizer(lm, source: str, **options):
+    """The tokenizer in `source`, padding on the left.
+
+    Raises QwlibError where its files are missing.
+    """
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False, **options)
+    if not found("word").input_ids:
+        raise QwlibError(f"{lm.row.name} has no tokenizer files: save the tokenizer beside the model")
+    return found
+
+
+def _adapted(lm):
+    from peft import PeftModel
+
+    over = lm.row.adapter
+    return PeftModel.from_pretrained(
+        lm.model,
+        over.source,
+        revision=over.revision,
+        subfolder=over.folder or None,
+        autocast_adapter_dtype=False,  # else the adapter alone would be float32
+    ).eval()

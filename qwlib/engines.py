@@ -1,0 +1,166 @@
+"""Engines: what reads token ids and gives scores. One class for transformers' models, one for everybody else's.
+
+`Lm` asks an engine for the same few things whoever executes the model: how many words it knows and how many positions it
+has, scores of given tokens, a greedy continuation that hands every token over, and how many bytes it holds. A library with
+a model of its own (llama.cpp, ONNX Runtime, ExLlama) only has to bring a `Reader`, which reads a few more tokens of one row;
+`Stepwise` makes scores of batches and token streams out of that.
+
+What it leaves out: batches in `Stepwise`. Its libraries can answer many requests at once, each in a way of its own.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from . import memory
+from .errors import QwlibError
+
+
+@dataclass
+class Transformers:
+    """A plain transformers model."""
+
+    model: Any
+    device: Any
+    name: str = "transformers generate, dynamic cache"
+    beside: Iterable = ()  # tensors of its state that no parameter or buffer tells of
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def longest(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def stops(self) -> list[int]:
+        """Token ids that end an answer, the one that also pads (where the model names one) first."""
+        settings = self.model.generation_config
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        return [i for i in (settings.pad_token_id, *ends) if i is not None]
+
+    def logits(self, ids, mask, last: int | None = None):
+        """(batch × positions × vocabulary), or the `last` positions only, on the device and in the model's type."""
+        import torch
+
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        ids, mask, positions = (part.to(self.device) for part in (ids, mask, positions))
+        with torch.inference_mode():
+            wanted = {"logits_to_keep": last} if last and self.model._supports_logits_to_keep() else {}
+            scores = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **wanted).logits
+        return scores[:, -last:] if last else scores
+
+    def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
+        """transformers' `generate`, greedy: (batch × new) on the host."""
+        import torch
+        from transformers import GenerationConfig
+
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=None if stop_at_eos else new_tokens,
+            pad_token_id=next(iter(self.stops), 0),
+            eos_token_id=self.model.generation_config.eos_token_id,
+        )
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with torch.inference_mode():
+            out = self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+        return out[:, ids.shape[1] :].cpu()
+
+    def held(self) -> dict[str, int]:
+        """`weights_bytes` and `state_bytes`."""
+        return memory.measure(self.model, self.beside)
+
+    def read_bytes(self) -> int:
+        """What one decoding step reads."""
+        return memory.read_bytes(self.model, self.beside)
+
+    def close(self) -> None:
+        self.model, self.beside = None, ()
+
+
+class Reader(Protocol):
+    """A model of another library, with one row of tokens in its cache."""
+
+    vocabulary: int
+    longest: int | None
+    weights_bytes: int  # of all tensors
+    read_bytes: int  # of those that one decoding step reads
+
+    def begin(self, tokens: int) -> None:
+        """Forget what was read; so many tokens will come."""
+
+    def read(self, ids: list[int], last: int):
+        """Read these tokens after those before them: scores at the `last` of them (last × vocabulary), a float tensor."""
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Stepwise:
+    """Scores and token streams out of a `Reader`; `stops` are the token ids that end an answer."""
+
+    reader: Any
+    name: str
+    stops: Iterable[int] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        return self.reader.vocabulary
+
+    @property
+    def longest(self) -> int | None:
+        return self.reader.longest
+
+    def logits(self, ids, mask, last: int | None = None):
+        """As `Transformers.logits`; a position before a row's first token, where nothing is read, scores 0 everywhere."""
+        import torch
+
+        width, out = last or ids.shape[1], None
+        for number, (row, real) in enumerate(zip(ids, mask.bool(), strict=True)):
+            row = row[real].tolist()
+            self.reader.begin(len(row))
+            scores = self.reader.read(row, min(width, len(row)))
+            if out is None:
+                out = torch.zeros(len(ids), width, self.vocabulary, dtype=scores.dtype, device=scores.device)
+            out[number, width - len(scores) :] = scores
+        return out
+
+    def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
+        """As `Transformers.generate`, for one row.
+
+        Raises QwlibError for more.
+        """
+        import torch
+
+        if len(ids) > 1:
+            raise QwlibError(f"{self.name} answers one request at a time here: ask for a batch of 1, not {len(ids)}")
+        fresh, stops, out = ids[0][mask[0].bool()].tolist(), list(self.stops), []
+        self.reader.begin(len(fresh) + new_tokens)
+        if streamer:
+            streamer.put(ids.cpu())
+        while len(out) < new_tokens:
+            scores = self.reader.read(fresh, 1)[0]
+            if not stop_at_eos:
+                scores[stops] = -torch.inf
+            fresh = [int(scores.argmax())]
+            out += fresh
+            if streamer:
+                streamer.put(torch.tensor(fresh))
+            if stop_at_eos and fresh[0] in stops:
+                break
+        if streamer:
+            streamer.end()
+        return torch.tensor([out])
+
+    def held(self) -> dict[str, int]:
+        """All of it as `weights_bytes`: a file's scales lie among its codes."""
+        return {"weights_bytes": self.reader.weights_bytes, "state_bytes": 0}
+
+    def read_bytes(self) -> int:
+        """What one decoding step reads."""
+        return self.reader.read_bytes
+
+    def close(self) -> None:
+        self.reader.close()

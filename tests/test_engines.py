@@ -1,0 +1,84 @@
+"""Scores and streams out of a reader that only reads a few more tokens, against transformers' own."""
+
+import pytest
+import torch
+
+from qwlib import streaming
+from qwlib.engines import Stepwise
+from qwlib.errors import QwlibError
+from qwlib.lm import Lm
+
+
+class CachedReader:
+    """The embedded model behind a reader's three calls, with transformers' cache."""
+
+    def __init__(self, lm):
+        self.model, self.begun = lm.model, []
+        self.vocabulary, self.longest = lm.vocabulary, 128
+        self.weights_bytes = self.read_bytes = 1000
+
+    def begin(self, tokens):
+        self.cache = None
+        self.begun.append(tokens)
+
+    def read(self, ids, last):
+        with torch.inference_mode():
+            out = self.model(torch.tensor([ids], device=self.model.device), past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        return out.logits[0, -last:].float()
+
+    def close(self):
+        self.model = self.cache = None
+
+
+@pytest.fixture
+def twin(lm):
+    """The embedded model as another library's would be opened."""
+    engine = Stepwise(CachedReader(lm), "a reader", [lm.tokenizer.eos_token_id])
+    made = Lm(lm.row, lm.scheme, lm.weights, lm.device, "", lm.dtype, "", tokenizer=lm.tokenizer, engine=engine)
+    return made
+
+
+def test_scores_are_those_of_the_same_model(lm, twin):
+    ids = torch.tensor([[1, 504, 2, 300, 17, 40], [-1, -1, 9, 8, 7, 6]])
+    ours, theirs = twin.logits(ids), lm.logits(ids).float()
+    assert ours.shape == theirs.shape
+    real = ids >= 0
+    assert torch.allclose(ours[real], theirs[real], atol=1.0)  # bf16, other kernels
+    assert not torch.allclose(ours[real].roll(1, 0), theirs[real], atol=1.0)
+    assert (ours[~real] == 0).all()
+    assert torch.equal(twin.logits(ids, last=2)[0], ours[0, -2:])
+    assert torch.equal(twin.logits(ids, last=5)[1, 1:], ours[1, 2:])
+
+
+def test_a_stream_is_the_same_one(lm, twin):
+    ids = lm.encode("The capital of France is")
+    seen = []
+    out = twin.stream(ids, new_tokens=12, on_token=lambda token: seen.append(token.tolist()))
+    assert torch.equal(out, lm.stream(ids, new_tokens=12))
+    assert [token for (token,) in seen] == out[0].tolist()
+    assert twin.engine.reader.begun == [ids.shape[1] + 12]
+    assert len(streaming.time_stream(twin, ids, new_tokens=5).stamps) == 5
+    assert "".join(streaming.text_chunks(twin, ids, new_tokens=12)).strip()
+
+
+def test_it_stops_where_it_is_told(lm, twin):
+    ids = lm.chat("Say only: yes")
+    stopped = twin.stream(ids, new_tokens=40, stop_at_eos=True)[0].tolist()
+    assert stopped[-1] == lm.tokenizer.eos_token_id
+    assert len(stopped) < 40
+    held = twin.stream(ids, new_tokens=len(stopped) + 3)[0].tolist()
+    assert held[: len(stopped) - 1] == stopped[:-1]
+    assert len(held) == len(stopped) + 3
+    assert lm.tokenizer.eos_token_id not in held
+
+
+def test_what_it_can_not_do_is_told(lm, twin):
+    two = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(QwlibError, match="a reader answers one request at a time here: ask for a batch of 1, not 2"):
+        twin.stream(two, new_tokens=2)
+    with pytest.raises(QwlibError, match=r"120 \+ 9 tokens are more than the model's 128 positions"):
+        twin.stream(torch.ones(1, 120, dtype=torch.long), new_tokens=9)
+    with pytest.raises(QwlibError, match="outside the model's"):
+        twin.logits(torch.tensor([[lm.vocabulary]]))
+    assert twin.engine.held() == {"weights_bytes": 1000, "state_bytes": 0}

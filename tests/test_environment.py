@@ -1,0 +1,155 @@
+"""Where a backend runs, with environments that only look like ones; the real one is `test_backends.py`'s."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qwlib import bench, environment, quantizing, worker
+from qwlib.backends import BACKENDS
+from qwlib.errors import QwlibError
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An environment's folder with an interpreter, no packages, and nothing of what is installed here for backends."""
+    folder = tmp_path / "other"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    (folder / "lib" / "python3" / "site-packages").mkdir(parents=True)
+    monkeypatch.setenv("QWLIB_BACKENDS", str(folder))
+    monkeypatch.setenv("QWLIB_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def install(place, *names):
+    for name in names:
+        (place / "lib" / "python3" / "site-packages" / name).mkdir()
+        (place / "lib" / "python3" / "site-packages" / name / "__init__.py").touch()
+
+
+def test_what_is_installed_runs_here():
+    assert environment.where("transformers") == (sys.executable, environment.HERE)
+
+
+def test_without_the_environment_the_command_that_builds_it_is_named(place):
+    python, why = environment.where("llama.cpp")
+    assert python is None
+    assert "needs llama-cpp-python" in why
+    assert "`make backends`" in why
+
+
+def test_an_environment_that_lacks_a_package_is_told(place):
+    (place / ".ready").touch()
+    install(place, "llama_cpp")
+    assert environment.where("llama.cpp") == (None, "other lacks gguf: `make backends` builds it again")
+
+
+def test_a_complete_one_is_found(place):
+    (place / ".ready").touch()
+    install(place, "llama_cpp", "gguf")
+    assert environment.where("llama.cpp") == (str(place / "bin" / "python"), "other")
+
+
+def test_a_gpu_is_named_where_one_is_needed(place):
+    python, why = environment.where("exllamav3")
+    assert python is None
+    assert "a GPU" in why
+
+
+def test_the_other_interpreter_imports_this_very_package_and_nothing_beside_it(place):
+    (place / ".ready").touch()
+    install(place, "llama_cpp", "gguf")
+    call = environment.command("llama.cpp", "qwlib.worker", "job", "record")
+    assert call["args"] == [str(place / "bin" / "python"), "-m", "qwlib.worker", "job", "record"]
+    found = call["env"]["PYTHONPATH"]
+    assert os.listdir(found) == ["qwlib"]
+    assert os.path.realpath(os.path.join(found, "qwlib")) == str(environment.PACKAGE)
+    said = subprocess.run(
+        [sys.executable, "-c", "import qwlib; print(qwlib.__file__)"],
+        env=os.environ | {"PYTHONPATH": found},
+        cwd=place,
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout.startswith(found)
+
+
+def test_a_scheme_that_can_not_run_is_a_skipped_row(place, tmp_path, monkeypatch):
+    def spawn(job, path):
+        return worker.fail(job, "not now", path)
+
+    monkeypatch.setattr(worker, "spawn", spawn)
+    rows = list(bench.rows("smollm2-135m", ["gguf-q4_k_m", "awq-4bit", "torchao-int4"], tmp_path))
+    assert [row["scheme"]["name"] for row in rows] == ["bf16", "gguf-q4_k_m", "awq-4bit", "torchao-int4"]
+    assert "skipped" not in rows[0]["failure"]
+    assert all(row["failure"]["skipped"] for row in rows[1:])
+    assert all("make backends" in row["failure"]["reason"] for row in rows[1:])
+    (row,) = [r for r in bench.rows("llama-3.1-8b", ["gguf-q4_0"], tmp_path, weights="random") if len(r["failure"]) > 1]
+    assert "random weights have none" in row["failure"]["reason"]
+
+
+def broken(*code):
+    """An `environment.command` whose process does something else."""
+
+    def command(name, module, *arguments):
+        return {"args": [sys.executable, "-c", "; ".join(code)], "env": dict(os.environ)}
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.abort()", "gguf-q4_0 could not be made: killed by SIGABRT"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL (out of memory?)"),
+        ("raise SystemExit('the maker has no idea')", "the maker has no idea"),
+        ("import time; time.sleep(60)", "was stopped after 1 s"),
+    ],
+)
+def test_a_maker_that_dies_is_told_and_leaves_nothing(place, tmp_path, monkeypatch, code, said):
+    monkeypatch.setattr(environment, "command", broken(code))
+    monkeypatch.delenv("QWLIB_CACHE")
+    with pytest.raises(QwlibError) as error:
+        quantizing.quantize("smollm2-135m", "gguf-q4_0", tmp_path / "new" / "out", timeout=1 if "sleep" in code else 60)
+    assert said in str(error.value)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_maker_that_writes_no_weights_is_told(place, tmp_path, monkeypatch):
+    monkeypatch.delenv("QWLIB_CACHE")
+    monkeypatch.setattr(environment, "command", lambda *a: broken(f"open({a[2]!r}, 'w').write('{{}}')")(*a))
+    with pytest.raises(QwlibError, match="its maker wrote no weights"):
+        quantizing.quantize("smollm2-135m", "gguf-q4_0", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "said"),
+    [
+        (
+            "gptq-4bit",
+            {"group_size": 128},
+            r"groups of 128 do not divide the 576 inputs of .*q_proj: choose 64 or 32 or 16",
+        ),
+        ("gguf-q4_0", {"group_size": 32}, "gguf-q4_0 has no group size to choose"),
+        ("nf4-dq", {"text": "wikitext2"}, "nf4-dq reads no text while it quantizes"),
+        ("hqq-4bit", {}, "HQQ writes pickles"),
+        ("torchao-int8", {}, "quantized while it is loaded"),
+        ("gptq-4bti", {}, "did you mean gptq-4bit"),
+    ],
+)
+def test_what_can_not_be_made_is_refused_before_anything_is_done(tmp_path, scheme, options, said):
+    with pytest.raises(QwlibError, match=said):
+        quantizing.quantize("smollm2-135m", scheme, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_backend_has_its_module_and_every_scheme_its_backend():
+    from qwlib import schemes
+
+    for row in BACKENDS.values():
+        assert (environment.PACKAGE / "backends" / f"{row.module}.py").is_file()
+    for scheme in schemes.SCHEMES.values():
+        assert {scheme.backend, scheme.maker or scheme.backend} <= set(BACKENDS)
