@@ -27,7 +27,7 @@ run: $(READY) ## execute every notebook on a real small model; report in runs/la
 test: $(READY) ## the tests that take seconds
 	$(PY) -m pytest -q
 
-backends: $(READY) ## a second environment for llama.cpp, GPTQ, AutoRound, ONNX Runtime, HQQ, torchao
+backends: $(READY) ## a second environment: llama.cpp, GPTQ, AutoRound, ONNX Runtime, HQQ, torchao
 	@$(PY) -m qwlib backends --install
 
 test-all: test backends ## the slow tests too, every backend that runs on a CPU among them
@@ -52,8 +52,8 @@ format: $(READY) ## mend style, strip notebooks
 links: $(READY) ## write the address in pyproject.toml into badges and set-up cells
 	$(PY) -m qwlib links
 
-clean: ## remove the environment and the runs
-	rm -rf $(VENV) runs
+clean: ## remove the environments and the runs
+	rm -rf $(VENV) .venvs runs
 
 # nbstripout keeps cell tags; these are what papermill, Colab and widgets leave behind
 NBSTRIP := --extra-keys="metadata.papermill cell.metadata.papermill metadata.colab metadata.widgets"

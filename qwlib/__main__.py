@@ -155,10 +155,10 @@ def bench(
     title = (
         f"{row.name} ({weights} weights) on {device}; batch {batch}, {prompt_tokens} + {new_tokens} tokens, {runs} runs"
     )
-    headings, body = compare.cells(records)
-    _table(title, headings, [line for line in body if len(line) == len(headings)])
-    for scheme, reason in (line for line in body if len(line) < len(headings)):
-        print(f"{scheme}: {reason}")
+    _table(title, *compare.cells([r for r in records if "failure" not in r]))
+    for record in (r for r in records if "failure" in r):
+        how = "skipped" if record["failure"].get("skipped") else "failed"
+        print(f"{record['scheme']['name']} {how}: {record['failure']['reason']}")
     for line in compare.protocols(records):
         print(line)
     print(f"records: {out}")

@@ -62,15 +62,15 @@ def rows(model: str, wanted: list[str], folder: Path, **job) -> Iterator[dict]:
                 role = "keep" if target["scheme"] == schemes.REFERENCE else "reference" if finished else None
                 each["quality"] = scored | ({role: str(kept.folder)} if role else {})
             path = Path(folder) / f"{_stem(each)}.json"
-            if why := skipped(each):
-                yield worker.fail(each, why, path, skipped=True)
-                continue
             try:
-                each["model"] = made(each)
+                if why := skipped(each):
+                    yield worker.fail(each, why, path, skipped=True)
+                    continue
+                source = made(each)
             except QwlibError as error:
                 yield worker.fail(each, str(error), path)
                 continue
-            yield worker.spawn(each, path)
+            yield worker.spawn(each | {"model": source}, path, called=each["model"])
 
 
 def skipped(job: dict) -> str | None:

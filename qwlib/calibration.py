@@ -35,17 +35,19 @@ class Calibration:
     facts: dict
 
 
-def facts(name: str | None, device: str) -> dict:
+def facts(name: str | None, device: str, text: str | None = None) -> dict:
     """What is known before a tokenizer is loaded: text and its hash, samples, tokens a sample and in all.
 
-    `name` is a file, `wikitext2` or None for the standard library's docstrings; `device` is cuda or cpu.
+    `name` is a file, `wikitext2` or None for the standard library's docstrings; `device` is cuda or cpu; `text` is what `read`
+    gave, where it was read already.
 
     Raises QwlibError where the text can't be read.
     """
-    text, called = read(name)
+    if text is None:
+        text, name = read(name)
     samples, length = SIZES[device]
     return {
-        "text": called,
+        "text": name,
         "text_sha256": files.sha256_text(text),
         "samples": samples,
         "length": length,
@@ -71,12 +73,11 @@ def docstrings() -> str:
     return "\n\n".join(found)
 
 
-def make(tokenizer, name: str | None, device: str) -> Calibration:
-    """Samples spread evenly over the text.
+def make(tokenizer, text: str, told: dict) -> Calibration:
+    """Samples spread evenly over the text that `facts` told of.
 
     Raises QwlibError where the text is too short for as many.
     """
-    text, told = read(name)[0], facts(name, device)
     samples, length = told["samples"], told["length"]
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
     whole = len(encoded.input_ids) // length

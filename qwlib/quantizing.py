@@ -8,7 +8,9 @@ nobody else notices.
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,7 +50,8 @@ def quantize(
     if scheme.group:
         wanted["group_size"] = scheme.group
     if scheme.calibrated:
-        wanted["calibration"] = calibration.facts(text, device.type)
+        text, name = calibration.read(text)
+        wanted["calibration"] = calibration.facts(name, device.type, text)
     folder = Path(out).expanduser().absolute() if out is not None else _place(wanted)
     try:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -56,15 +59,17 @@ def quantize(
             with files.new_folder(folder) as made:
                 began = time.perf_counter()
                 if scheme.maker:
-                    found = _apart(row, scheme, made, text, device, timeout)
+                    found = _apart(row, scheme, made, wanted | {"text": text, "device": str(device)}, timeout)
                 else:
                     found = {}
                     with loading.load(row, scheme) as lm:
                         lm.save(made)
                 if not artefacts.is_complete(artefacts.parts(made)):
                     raise QwlibError(f"{scheme.name} could not be made: its maker wrote no weights")
-                seconds = round(time.perf_counter() - began, 1)
-                artefacts.seal(made, **(wanted | found), seconds=seconds, made_on=device.type)
+                found["seconds"] = round(time.perf_counter() - began, 1)
+                if "calibration" in wanted:
+                    found["calibration"] = wanted["calibration"] | {"sequences": found.pop("sequences")}
+                artefacts.seal(made, **(wanted | found), made_on=device.type)
         return _found(folder, wanted)
     except OSError as error:
         raise QwlibError(f"{folder} can't be written: {error.strerror or error}") from None
@@ -94,23 +99,29 @@ def _check_groups(row: catalog.Model, scheme: schemes.Scheme) -> None:
     for name, fmt in schemes.plan(shapes, scheme).items():
         width = shapes.get_submodule(name).weight.shape[-1]
         if fmt == scheme.linear and width % scheme.group:
-            fits = " or ".join(str(size) for size in (128, 64, 32, 16) if width % size == 0)
+            fits = " or ".join(str(size) for size in (128, 64, 32, 16) if width % size == 0) or "another scheme"
             raise QwlibError(f"groups of {scheme.group} do not divide the {width} inputs of {name}: choose {fits}")
 
 
-def _apart(row, scheme, made: Path, text, device, timeout: float) -> dict:
+def _apart(row, scheme, made: Path, job: dict, timeout: float) -> dict:
     """Quantize in a process of its own; the facts for the manifest come back."""
-    job = {"source": loading.folder(row), "scheme": scheme.name, "group_size": scheme.group, "out": str(made)}
+    job = job | {"folder": loading.folder(row), "out": str(made)}
     with tempfile.TemporaryDirectory() as folder:
-        exchange = files.write_text(Path(folder) / "job.json", json.dumps(job | {"text": text, "device": str(device)}))
-        call = environment.command(scheme.maker, "qwlib.quantizing", str(exchange))
-        try:
-            done = subprocess.run(**call, cwd=folder, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise QwlibError(f"{scheme.name} was stopped after {timeout:.0f} s") from None
-        if why := last_word(done.returncode, done.stderr):
+        source, result = files.write_text(Path(folder) / "job.json", json.dumps(job)), Path(folder) / "result.json"
+        call = environment.command(scheme.maker, "qwlib.quantizing", str(source), str(result))
+        # a session of its own, so that the converters that it starts end with it; logs that makers write go to `folder`
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(**call, **pipes, cwd=folder, start_new_session=True) as process:
+            try:
+                _, said = process.communicate(timeout=timeout)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise QwlibError(f"{scheme.name} was stopped after {timeout:.0f} s") from None
+                raise
+        if why := last_word(process.returncode, said):
             raise QwlibError(f"{scheme.name} could not be made: {why}")
-        return json.loads(exchange.read_text())
+        return json.loads(result.read_text()) if result.is_file() else {}
 
 
 def main() -> None:
@@ -118,24 +129,22 @@ def main() -> None:
     import torch
     from transformers import AutoTokenizer
 
-    exchange = Path(sys.argv[1])
-    job = json.loads(exchange.read_text())
-    scheme = schemes.find(job["scheme"]).grouped(job["group_size"])
-    device, out, facts = torch.device(job["device"]), Path(job["out"]), {}
+    job = json.loads(Path(sys.argv[1]).read_text())
+    scheme = schemes.find(job["scheme"]).grouped(job.get("group_size"))
+    facts, chosen = {"tools": record.environment()["packages"]}, None
     try:
-        chosen = None
         if scheme.calibrated:
-            chosen = calibration.make(AutoTokenizer.from_pretrained(job["source"]), job["text"], device.type)
-            facts["calibration"] = chosen.facts
+            tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+            chosen = calibration.make(tokenizer, job["text"], job["calibration"])
+            facts["sequences"] = chosen.facts["sequences"]
         module = BACKENDS[scheme.maker].load_module()
-        facts["tools"] = record.environment()["packages"]
-        facts["settings"] = module.quantize(job["source"], scheme, out, chosen, device) or None
+        made = module.quantize(job["folder"], scheme, Path(job["out"]), chosen, torch.device(job["device"]))
     except QwlibError as error:
         sys.exit(str(error))
     except Exception as error:  # whatever a maker raises is told in one line, the trace before it
         traceback.print_exc()
         sys.exit(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    files.write_text(exchange, json.dumps(facts))
+    files.write_text(Path(sys.argv[2]), json.dumps(facts | ({"settings": made} if made else {})))
 
 
 def _found(folder: Path, wanted: dict) -> Path:

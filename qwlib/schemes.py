@@ -101,6 +101,8 @@ class Scheme:
             return self
         if self.group is None:
             raise QwlibError(f"{self.name} has no group size to choose: leave it out")
+        if type(size) is not int or size < 1:
+            raise QwlibError(f"a group is a number of weights, such as 64 or 128, not {size!r}")
         return replace(self, linear=f"{self.linear.partition('-g')[0]}-g{size}")
 
     @property

@@ -179,10 +179,10 @@ def describe_choices(lm) -> dict:
     }
 
 
-def spawn(job: dict, path: Path, *, timeout: float = 3600) -> dict:
+def spawn(job: dict, path: Path, *, timeout: float = 3600, called: str | None = None) -> dict:
     """Run the job in a fresh process; the record that it wrote, or one whose `failure` says why there is none.
 
-    Either way it is written to `path`.
+    Either way it is written to `path`. `called` is the model's name in a failure where the job names an artefact made from it.
     """
     job = complete(job)
     path = Path(path)
@@ -200,7 +200,7 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600) -> dict:
         reason = str(error)
     finally:
         source.unlink(missing_ok=True)
-    return fail(job, reason, path)
+    return fail(job | {"model": called or job["model"]}, reason, path)
 
 
 def fail(job: dict, reason: str, path: Path, *, skipped: bool = False) -> dict:

@@ -225,7 +225,9 @@ def test_a_record_names_what_the_artefact_was_made_from(made, copy):
 def jobs(monkeypatch):
     """The jobs that would be spawned, and where their records would go."""
     seen = []
-    monkeypatch.setattr(worker, "spawn", lambda job, path: seen.append((job["model"], job["scheme"], path.name)) or {})
+    monkeypatch.setattr(
+        worker, "spawn", lambda job, path, **_: seen.append((job["model"], job["scheme"], path.name)) or {}
+    )
     return seen
 
 

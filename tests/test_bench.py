@@ -25,7 +25,7 @@ def test_rows_of_a_model_with_their_divergence(tmp_path):
 
 
 def test_a_row_that_fails_stops_nothing(tmp_path, monkeypatch):
-    def spawn(job, path):
+    def spawn(job, path, **_):
         if job["scheme"] == "bf16":
             return {"scheme": {"name": "bf16"}, "failure": {"reason": "out of memory"}}
         return {"scheme": {"name": job["scheme"]}, "quality": job["quality"]}

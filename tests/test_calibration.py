@@ -8,7 +8,8 @@ from qwlib.errors import QwlibError
 
 @pytest.fixture(scope="module")
 def made(lm):
-    return calibration.make(lm.tokenizer, None, "cpu")
+    text, name = calibration.read(None)
+    return calibration.make(lm.tokenizer, text, calibration.facts(name, "cpu", text))
 
 
 def test_samples_are_spread_over_the_text(lm, made):
@@ -26,6 +27,7 @@ def test_samples_are_spread_over_the_text(lm, made):
 
 def test_on_a_gpu_as_many_as_the_paper_took():
     told = calibration.facts(None, "cuda")
+    assert calibration.facts("called so", "cuda", calibration.docstrings()) == told | {"text": "called so"}
     assert told["samples"] >= 128
     assert told["length"] >= 512
     assert told["text_sha256"] == hashlib.sha256(calibration.docstrings().encode()).hexdigest()
@@ -55,7 +57,8 @@ def test_a_sequence_is_thirteen_words_whatever_lies_between():
 
 def test_a_text_that_is_too_short_or_not_there_is_told(lm, tmp_path):
     (tmp_path / "short.txt").write_text("a few words only")
+    told = calibration.facts(str(tmp_path / "short.txt"), "cpu")
     with pytest.raises(QwlibError, match=r"short.txt has 0 pieces of 256 tokens, calibration needs 32"):
-        calibration.make(lm.tokenizer, str(tmp_path / "short.txt"), "cpu")
+        calibration.make(lm.tokenizer, "a few words only", told)
     with pytest.raises(QwlibError, match="can't read the text"):
         calibration.facts(str(tmp_path / "none.txt"), "cpu")

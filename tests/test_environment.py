@@ -1,8 +1,11 @@
 """Where a backend runs, with environments that only look like ones; the real one is `test_backends.py`'s."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,9 @@ def place(tmp_path, monkeypatch):
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(sys.executable)
     (folder / "lib" / "python3" / "site-packages").mkdir(parents=True)
+    real = importlib.util.find_spec
+    hidden = {name for row in BACKENDS.values() for name in row.packages} - set(BACKENDS["bitsandbytes"].packages)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else real(name))
     monkeypatch.setenv("QWLIB_BACKENDS", str(folder))
     monkeypatch.setenv("QWLIB_CACHE", str(tmp_path / "cache"))
     return folder
@@ -77,7 +83,7 @@ def test_the_other_interpreter_imports_this_very_package_and_nothing_beside_it(p
 
 
 def test_a_scheme_that_can_not_run_is_a_skipped_row(place, tmp_path, monkeypatch):
-    def spawn(job, path):
+    def spawn(job, path, **_):
         return worker.fail(job, "not now", path)
 
     monkeypatch.setattr(worker, "spawn", spawn)
@@ -90,13 +96,9 @@ def test_a_scheme_that_can_not_run_is_a_skipped_row(place, tmp_path, monkeypatch
     assert "random weights have none" in row["failure"]["reason"]
 
 
-def broken(*code):
+def broken(code):
     """An `environment.command` whose process does something else."""
-
-    def command(name, module, *arguments):
-        return {"args": [sys.executable, "-c", "; ".join(code)], "env": dict(os.environ)}
-
-    return command
+    return lambda *_: {"args": [sys.executable, "-c", code], "env": dict(os.environ)}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_a_maker_that_dies_is_told_and_leaves_nothing(place, tmp_path, monkeypat
 
 def test_a_maker_that_writes_no_weights_is_told(place, tmp_path, monkeypatch):
     monkeypatch.delenv("QWLIB_CACHE")
-    monkeypatch.setattr(environment, "command", lambda *a: broken(f"open({a[2]!r}, 'w').write('{{}}')")(*a))
+    monkeypatch.setattr(environment, "command", broken("pass"))
     with pytest.raises(QwlibError, match="its maker wrote no weights"):
         quantizing.quantize("smollm2-135m", "gguf-q4_0", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -153,3 +155,82 @@ def test_every_backend_has_its_module_and_every_scheme_its_backend():
         assert (environment.PACKAGE / "backends" / f"{row.module}.py").is_file()
     for scheme in schemes.SCHEMES.values():
         assert {scheme.backend, scheme.maker or scheme.backend} <= set(BACKENDS)
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """`build`'s commands, which do nothing but what `fails` says; an environment that is made has a pip of its own."""
+    folder, made, fails = tmp_path / "built", [], set()
+    monkeypatch.setenv("QWLIB_BACKENDS", str(folder))
+
+    def run(arguments):
+        made.append(arguments)
+        if fails & set(arguments):
+            (folder / "bin").mkdir(parents=True, exist_ok=True)
+            (folder / "bin" / "python").touch()  # what a failed step leaves behind
+            raise QwlibError(f"{arguments[-1]} failed")
+        if "venv" in arguments:
+            (folder / "bin").mkdir(parents=True, exist_ok=True)
+            (folder / "pyvenv.cfg").touch()
+            if "--without-pip" not in arguments:
+                (folder / "bin" / "pip").touch()
+
+    monkeypatch.setattr(environment, "_run", run)
+    return made, fails, folder
+
+
+def test_building_installs_torch_first_and_is_done_once(calls):
+    made, _, folder = calls
+    assert environment.build() == folder
+    assert "venv" in made[0]
+    assert made[1][-1].startswith("torch==")
+    assert [step[-1] for step in made[-3:-1]] == [environment.COMPILED, environment.LAST]
+    assert all(step[0] == str(folder / "bin" / "python") for step in made[1:])
+    before = len(made)
+    environment.build()
+    assert len(made) == before
+
+
+def test_a_backend_that_can_not_be_built_leaves_the_others_and_is_tried_again(calls):
+    made, fails, folder = calls
+    fails.add(environment.COMPILED)
+    with pytest.raises(QwlibError, match=r"ready but for this.*llama-cpp-python.* failed"):
+        environment.build()
+    assert environment.LAST in made[-2]
+    assert (folder / ".ready").is_file()
+    fails.clear()
+    made.clear()
+    environment.build()
+    assert environment.COMPILED in [step[-1] for step in made]
+    assert not any("venv" in step for step in made)
+
+
+def test_without_a_pip_to_copy_this_one_installs_there(calls, monkeypatch):
+    made, fails, folder = calls
+    fails.add(str(folder))  # the last word of both ways to make an environment
+    with pytest.raises(QwlibError):
+        environment.build()
+    assert not (folder / "pyvenv.cfg").exists()
+    fails.clear()
+    real = environment._run
+    monkeypatch.setattr(environment, "_run", lambda step: real([*step, "--without-pip"] if "venv" in step else step))
+    environment.build()
+    assert made[-1][:5] == [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+
+
+def test_a_text_is_named_from_where_the_user_is(place, tmp_path, monkeypatch):
+    """The maker's process works in a folder of its own."""
+    (tmp_path / "mine.txt").write_text("word " * 20000)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QWLIB_CACHE")
+    seen = []
+
+    def command(name, module, job, result):
+        seen.append(json.loads(Path(job).read_text()))
+        return broken("pass")()
+
+    monkeypatch.setattr(environment, "command", command)
+    with pytest.raises(QwlibError, match="wrote no weights"):
+        quantizing.quantize("smollm2-135m", "gptq-4bit", tmp_path / "out", text="mine.txt")
+    assert seen[0]["text"] == "word " * 20000
+    assert seen[0]["calibration"]["text"] == "mine.txt"

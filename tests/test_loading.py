@@ -130,15 +130,6 @@ def test_a_missing_package_is_told(monkeypatch):
         pass
 
 
-def test_a_pickle_is_refused(tmp_path, tiny_folder):
-    import shutil
-
-    shutil.copy(f"{tiny_folder('llama')}/config.json", tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(QwlibError, match=r"in pytorch_model.bin, a pickle, which can run code"), qwlib.load(tmp_path):
-        pass
-
-
 def test_a_scheme_that_is_read_from_files_says_how_to_make_them():
     with pytest.raises(QwlibError, match="quantize --scheme gguf-q4_k_m"), qwlib.load("smollm2-135m", "gguf-q4_k_m"):
         pass
@@ -174,7 +165,10 @@ def test_pickles_and_foreign_code_are_refused(tmp_path, tiny_folder, monkeypatch
         weights |= load_file(file) if file.suffix == ".safetensors" else {}
         file.unlink()
     torch.save(weights, tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(QwlibError, match="can't be loaded"), qwlib.load(str(tmp_path / "m")):
+    with (
+        pytest.raises(QwlibError, match=r"in pytorch_model.bin, a pickle, which can run code"),
+        qwlib.load(str(tmp_path / "m")),
+    ):
         pass
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run foreign code"))
     (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}')

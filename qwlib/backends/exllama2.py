@@ -38,7 +38,7 @@ def fill(lm, source: str) -> None:
         model.load()
     lm.model = Exl2Reader(model, ExLlamaV2Cache(model, max_seq_len=ROOM), source)
     lm.tokenizer = hf.tokenizer(lm, source)
-    lm.engine = Stepwise(lm.model, "exllamav2, greedy", [lm.tokenizer.eos_token_id])
+    lm.engine = Stepwise(lm.model, "exllamav2, greedy", hf.stops(lm, source))
 
 
 def quantize(source: str, scheme, out: Path, calibration, device) -> dict:

@@ -32,7 +32,7 @@ def fill(lm, source: str) -> None:
         model.load(device=str(lm.device))
     lm.tokenizer = hf.tokenizer(lm, source)
     lm.model = Exl3Reader(model, cache, source, lm.row.config().vocab_size)
-    lm.engine = Stepwise(lm.model, "exllamav3, greedy", [lm.tokenizer.eos_token_id])
+    lm.engine = Stepwise(lm.model, "exllamav3, greedy", hf.stops(lm, source))
 
 
 def quantize(source: str, scheme, out: Path, calibration, device) -> dict:

@@ -4,6 +4,9 @@ Folders that GPTQ, AWQ or bitsandbytes wrote say in their configuration how they
 to the package that reads them; qwlib only checks that every weight came.
 """
 
+import json
+from pathlib import Path
+
 from .. import memory
 from ..engines import Transformers
 from ..errors import QwlibError
@@ -71,6 +74,15 @@ def tokenizer(lm, source: str, **options):
     if not found("word").input_ids:
         raise QwlibError(f"{lm.row.name} has no tokenizer files: save the tokenizer beside the model")
     return found
+
+
+def stops(lm, source: str) -> list[int]:
+    """Token ids that end an answer: those of the folder's generation_config.json, and the tokenizer's own."""
+    path, told = Path(source) / "generation_config.json", None
+    if path.is_file():
+        told = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    ends = [lm.tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
+    return [end for end in dict.fromkeys(ends) if end is not None]
 
 
 def _adapted(lm):

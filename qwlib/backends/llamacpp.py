@@ -45,8 +45,7 @@ def fill(lm, source: str) -> None:
     own = (Path(source) / "tokenizer.json").is_file()
     lm.tokenizer = hf.tokenizer(lm, source, **({} if own else {"gguf_file": file.name}))
     lm.model = GgufReader(file, torch.get_num_threads())
-    stops = [lm.tokenizer.eos_token_id] if lm.tokenizer.eos_token_id is not None else []
-    lm.engine = Stepwise(lm.model, "llama.cpp, greedy", stops)
+    lm.engine = Stepwise(lm.model, "llama.cpp, greedy", hf.stops(lm, source))
 
 
 def quantize(source: str, scheme, out: Path, calibration, device) -> dict:

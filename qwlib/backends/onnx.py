@@ -21,8 +21,7 @@ def fill(lm, source: str) -> None:
     lm.dtype, lm.dtype_reason = torch.float32, "the graph that is built for a CPU computes in it"
     lm.tokenizer = hf.tokenizer(lm, source)
     lm.model = GraphReader(source, torch.get_num_threads())
-    stops = [lm.tokenizer.eos_token_id] if lm.tokenizer.eos_token_id is not None else []
-    lm.engine = Stepwise(lm.model, "onnxruntime-genai, greedy", stops)
+    lm.engine = Stepwise(lm.model, "onnxruntime-genai, greedy", hf.stops(lm, source))
 
 
 def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
@@ -66,7 +65,7 @@ class GraphReader:
             self.generator = None
             self.room = max(512, 1 << (tokens - 1).bit_length())
             wanted = self.lib.GeneratorParams(self.model)
-            wanted.set_search_options(max_length=self.room + 1, do_sample=False)
+            wanted.set_search_options(max_length=min(self.room + 1, self.longest), do_sample=False)
             self.generator = self.lib.Generator(self.model, wanted)
         elif self.generator.token_count():
             self.generator.rewind_to(0)
