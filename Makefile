@@ -33,7 +33,7 @@ backends: $(READY) ## a second environment: llama.cpp, GPTQ, AutoRound, ONNX Run
 test-all: test backends ## the slow tests too, every backend that runs on a CPU among them
 	$(PY) -m pytest -q -m "slow and not hub"
 
-bench: $(READY) ## time what is claimed to be fast beside what it is compared with
+bench: backends ## time what is claimed to be fast beside what it is compared with
 	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
 
 lab: $(READY) ## open JupyterLab on the notebooks

@@ -7,7 +7,7 @@ is not the method: this AWQ file holds AutoRound's rounding and none of AWQ's sc
 from pathlib import Path
 
 from .. import catalog
-from . import llamacpp
+from . import hf, llamacpp
 
 FORMATS = {
     "autoround-4bit": "auto_gptq",
@@ -41,7 +41,7 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
     _lift(out)
     if scheme.group is None:
         (out / catalog.gguf_file(out)).rename(out / llamacpp.FILE)
-        llamacpp.copy_texts(source, out)
+        hf.copy_texts(source, out)
     return {"steps": STEPS[device.type]} | ({"symmetric": True} if shape else {})
 
 

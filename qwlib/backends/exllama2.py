@@ -9,15 +9,13 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..engines import Stepwise
 from ..errors import QwlibError
-from . import hf, llamacpp
+from . import hf
 
 BITS = 4.0
 HEAD_BITS = 6
@@ -54,21 +52,10 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
         options = ["-i", str(folder), "-o", f"{work}/job", "-nr", "-cf", f"{work}/made", "-b", str(BITS)]
         options += ["-hb", str(HEAD_BITS), "-c", f"{work}/text.parquet", "-r", str(samples - 1), "-l", str(length)]
         options += ["-mr", "16", "-ml", str(length)]
-        run("exllamav2.conversion.convert_exl2", options)
+        hf.call("exllamav2.conversion.convert_exl2", options)
         copy_weights(Path(work) / "made", out)
-    llamacpp.copy_texts(source, out)
+    hf.copy_texts(source, out)
     return {"bits": BITS, "head_bits": HEAD_BITS}
-
-
-def run(module: str, options: list[str]) -> None:
-    """A converter's own command line, in a process of its own.
-
-    Raises QwlibError with its last words.
-    """
-    done = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True)
-    if done.returncode:
-        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no word"]
-        raise QwlibError(f"{module} failed: {said[-1][:300]}")
 
 
 def copy_weights(made: Path, out: Path) -> None:

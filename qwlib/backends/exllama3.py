@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..engines import Stepwise
 from ..errors import QwlibError
-from . import hf, llamacpp
-from .exllama2 import HEAD_BITS, ROOM, copy_weights, run, stored_bytes, view
+from . import hf
+from .exllama2 import HEAD_BITS, ROOM, copy_weights, stored_bytes, view
 
 TILE = 128
 BITS = {"exl3-4bit": 4.0, "exl3-2bit": 2.0}
@@ -48,10 +48,10 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
         (Path(work) / "job").mkdir()
         options = ["-i", str(wide), "-w", f"{work}/job", "-o", f"{work}/made", "-b", str(bits), "-hb", str(HEAD_BITS)]
         options += ["-cd", f"{work}/rows.safetensors", "-cr", str(len(rows)), "-cc", str(rows.shape[1])]
-        run("exllamav3.conversion.convert_model", options)
+        hf.call("exllamav3.conversion.convert_model", options)
         copy_weights(Path(work) / "made", out)
         widened = wide != folder
-    llamacpp.copy_texts(source, out)
+    hf.copy_texts(source, out)
     return {"bits": bits, "head_bits": HEAD_BITS, "widened": widened}
 
 

@@ -1,10 +1,14 @@
 """transformers: a folder of safetensors loaded with `from_pretrained`, and checked for what it silently leaves out.
 
 Folders that GPTQ, AWQ or bitsandbytes wrote say in their configuration how they were quantized, and transformers hands them
-to the package that reads them; qwlib only checks that every weight came.
+to the package that reads them; qwlib only checks that every weight came. What other backends need of a folder or a maker is
+here too: tokenizer, stop tokens, texts, a call of a command line.
 """
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from .. import memory
@@ -83,6 +87,25 @@ def stops(lm, source: str) -> list[int]:
         told = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     ends = [lm.tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
     return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+def copy_texts(source: str, out: Path) -> None:
+    """Configuration and tokenizer of a checkpoint, without its weights."""
+    for path in Path(source).iterdir():
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"):
+            shutil.copy(path, out / path.name)
+    (out / "qwlib.json").unlink(missing_ok=True)  # of another model
+
+
+def call(module: str, options: list[str]) -> None:
+    """A maker's own command line, in a process of its own.
+
+    Raises QwlibError with its last words.
+    """
+    done = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True)
+    if done.returncode:
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no word"]
+        raise QwlibError(f"{module} failed: {said[-1][:300]}")
 
 
 def _adapted(lm):

