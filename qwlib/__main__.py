@@ -13,7 +13,7 @@ from .errors import QwlibError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 SchemeNames = Annotated[list[str] | None, typer.Option("--scheme", help="a scheme; give it again for more rows")]
 RowNames = Annotated[
-    list[str] | None, typer.Option("--scheme", help="a scheme, or a quantized folder; repeat for more")
+    list[str] | None, typer.Option("--scheme", help="a scheme, a quantized folder or a GGUF file; repeat for more")
 ]
 
 

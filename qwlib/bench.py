@@ -25,12 +25,15 @@ def names(wanted: list[str]) -> list[str]:
 
 
 def _folder(name: str) -> str | None:
-    """The path of a folder that holds a quantized model, None for a scheme's name.
+    """The path of a folder or GGUF file that holds a quantized model, None for a scheme's name.
 
     Raises QwlibError for another folder, or none where a path was meant.
     """
     if name in schemes.SCHEMES:
         return None
+    if name.endswith(".gguf"):
+        loading.saved_scheme(catalog.find(name))
+        return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_file() else name
     path = Path(name).expanduser()
     if not path.is_dir():
         if "/" in name or name.startswith(("~", ".")):
@@ -121,7 +124,7 @@ def _check_folders(model: str, targets: list[dict], job: dict) -> None:
 
 def _stem(job: dict) -> str:
     model = job["model"].replace("/", "--")
-    if Path(job["model"]).is_dir():  # two folders of one name keep two records
+    if Path(job["model"]).exists():  # two folders of one name keep two records
         model = f"{Path(job['model']).name}-{files.sha256_text(str(Path(job['model']).resolve()))[:8]}"
     shape = f"{job['batch']}x{job['prompt_tokens']}+{job['new_tokens']}"
     return f"{model}-{job['weights']}-{job['scheme']}-{shape}".strip("-.")

@@ -153,15 +153,19 @@ EMBEDDED = "smollm2-135m"
 
 
 def find(model: str) -> Model:
-    """The catalog row of that name, else a row for a local folder or a Hub id.
+    """The catalog row of that name, else a row for a local folder, a Hub id or a GGUF file.
 
-    Raises QwlibError with the nearest names, or where a folder holds no model.
+    The file is a path, or `owner/name/file.gguf` for one on the Hub, which is downloaded here: only it says what it holds.
+
+    Raises QwlibError with the nearest names, where a folder holds no model, or a file can't be had.
     """
     if isinstance(model, Model):
         return model
     name = str(model)
     if name in MODELS:
         return MODELS[name]
+    if name.endswith(".gguf"):
+        return Model(name, *hub.gguf_folder(name), what="a GGUF file")
     folder = Path(name).expanduser()
     if folder.exists():
         if not (folder / "config.json").is_file() and not gguf_file(folder):

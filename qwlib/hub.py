@@ -2,7 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
+from . import files
 from .errors import QwlibError
 
 WANTED = [
@@ -30,6 +33,33 @@ def fetch(row) -> str:
         )
     with explained(row):
         return snapshot_download(row.source, revision=row.revision, allow_patterns=WANTED, ignore_patterns=["*/*"])
+
+
+def gguf_folder(name: str) -> tuple[str, str | None]:
+    """(a folder that holds one GGUF file and nothing else, its commit): `name` is a path, or `owner/name/file` on the Hub.
+
+    Repositories keep a model in many such files side by side; only the one that is named is downloaded. Of a local file there is
+    no commit.
+
+    Raises QwlibError where there is no such file, or the Hub refuses or can't be reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    path, commit = Path(name).expanduser(), None
+    if not path.is_file():
+        owner, _, rest = name.partition("/")
+        repository, _, file = rest.partition("/")
+        if not file or owner in ("", ".", "..", "~"):
+            raise QwlibError(f"no such file: {name}; name a GGUF file, or one on the Hub as owner/name/file.gguf")
+        with explained(SimpleNamespace(name=name, source=f"{owner}/{repository}", revision=None)):
+            path = Path(hf_hub_download(f"{owner}/{repository}", file))
+        commit = path.parents[file.count("/")].name  # the Hub's cache names its folders by commit
+    path = path.absolute()
+    folder = files.cache_dir() / "gguf" / files.sha256_text(str(path))[:12] / path.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / path.name).symlink_to(path)
+    return str(folder), commit
 
 
 def fetch_data(repository: str, path: str) -> str:
@@ -85,6 +115,8 @@ def _of_the_hub(row, error: BaseException) -> str | None:
         return f"{row.source} has no revision {row.revision!r} on the Hub"
     if isinstance(cause, hub.RepositoryNotFoundError):
         return f"the Hub has no model {row.source!r}, or it is private and no token was given"
+    if isinstance(cause, hub.RemoteEntryNotFoundError):
+        return f"{row.source} has no such file on the Hub: {row.name}"
     if cause is not None or "couldn't connect" in str(error).lower():
         return (
             f"{row.name} can't be fetched from the Hub (no connection?): name a local folder, take smollm2-135m, "

@@ -139,6 +139,8 @@ def describe_model(lm, parameters: int) -> dict:
     }
     if row.source is None:
         part["sha256"] = embedded.sha256(row.name)
+    elif row.name.endswith(".gguf") and row.revision:
+        part |= {"source": row.name.rpartition("/")[0], "name": Path(row.name).name, "revision": row.revision}
     elif Path(row.source).is_dir():
         part |= {"source": "a local folder", "name": Path(row.source).name}  # a path may name a person
     else:
@@ -205,7 +207,7 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600, called: str | None = 
 
 def fail(job: dict, reason: str, path: Path, *, skipped: bool = False) -> dict:
     """The record of a job that gave no figures, written to `path`; `skipped` if it was not even tried."""
-    model = Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"]
+    model = Path(job["model"]).name if Path(job["model"]).exists() else job["model"]
     failed = record.new(
         "bench",
         model={"name": model, "weights": job["weights"]},

@@ -122,6 +122,8 @@ def test_what_others_quantized_opens_and_is_marked(rows, tmp_path):
     found = worker.spawn({"model": str(bare), "scheme": "gguf-q4_k_m", **job}, tmp_path / "gguf.json")
     assert found["model"]["artefact"] == "foreign"
     assert found["model"]["parameters"] == estimates.estimate(MODEL).parameters
+    (_, named) = bench.rows(MODEL, [str(bare / "some.gguf")], tmp_path, **job)
+    assert (named["model"]["name"], named["memory"]["weights_bytes"]) == ("some", found["memory"]["weights_bytes"])
     with pytest.raises(QwlibError, match="was saved as gguf-q4_k_m"), qwlib.load(bare, "bf16"):
         pass
 

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from qwlib import embedded
+
 TOKEN = "hf_" + "Q" * 34
+PACKAGED = embedded.parts("smollm2-135m")[0]  # a GGUF file that others made
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -68,7 +71,7 @@ def hub(tiny_folder):
             if parts[2:3] != ["resolve"]:
                 files = [{"rfilename": p.name} for p in folder.iterdir()]
                 return self.answer(200, json.dumps({"id": "good/tiny", "sha": COMMIT, "siblings": files}).encode())
-            file = folder / parts[-1]
+            file = PACKAGED if parts[-1] == PACKAGED.name else folder / parts[-1]
             if not file.is_file():
                 return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
             body = file.read_bytes()
@@ -131,6 +134,46 @@ def test_refusals_of_the_hub_are_one_line(hub, tmp_path, model, message):
     done = estimate_and_load(model, hub[0], tmp_path)
     assert message in done.stdout, done.stdout + done.stderr
     assert len(done.stdout.strip().splitlines()) == 1
+
+
+def child(code: str, address: str, home: Path) -> str:
+    settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_one_gguf_file_of_a_hub_repository_is_a_model(hub, tmp_path):
+    address, seen = hub
+    code = (
+        "from qwlib import catalog, estimates, loading\n"
+        f"row = catalog.find('good/files/{PACKAGED.name}')\n"
+        "print(row.revision, loading.saved_scheme(row), estimates.estimate(row, 'gguf-q4_1').parameters)\n"
+        "print(catalog.find('good/files/absent.gguf'))\n"
+    )
+    out = child(code.replace("print(catalog", "try: print(catalog") + "except ValueError as e: print(e)", address, tmp_path)
+    first, second = out.splitlines()
+    assert first == f"{COMMIT} gguf-q4_1 134515008"
+    assert second == "good/files has no such file on the Hub: good/files/absent.gguf"
+    assert not any(path.endswith((".safetensors", ".json")) for path, _ in seen)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_of_the_hub_is_measured_beside_its_model(hub, tmp_path):
+    """The embedded model is this very file unpacked, so that both have to say the same."""
+    name = f"good/files/{PACKAGED.name}"
+    code = (
+        "import json, pathlib\n"
+        "from qwlib import bench\n"
+        "job = dict(prompt_tokens=8, new_tokens=4, runs=1, warmup=0, quality={'blocks': 2})\n"
+        f"rows = list(bench.rows('smollm2-135m', [{name!r}], pathlib.Path({str(tmp_path)!r}), **job))\n"
+        "print(json.dumps([[row['model'], row['quality']] for row in rows]))\n"
+    )
+    (_, reference), (model, found) = json.loads(child(code, hub[0], tmp_path / "home").splitlines()[-1])
+    assert model["artefact"] == "foreign"
+    assert [model[key] for key in ("name", "source", "revision")] == [PACKAGED.name, "good/files", COMMIT]
+    assert found["ppl"] == pytest.approx(reference["ppl"], rel=0.01)
+    assert found["kld"]["mean"] < 0.01
 
 
 @pytest.mark.slow

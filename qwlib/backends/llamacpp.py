@@ -17,6 +17,7 @@ from . import hf
 FILE = "model.gguf"
 TYPES = {  # enum llama_ftype of llama.h, which general.file_type in a file's metadata repeats
     "gguf-q4_0": 2,
+    "gguf-q4_1": 3,
     "gguf-q8_0": 7,
     "gguf-q2_k": 10,
     "gguf-q3_k_m": 12,
