@@ -1,4 +1,4 @@
-"""The command line: `python -m qwlib models | schemes | backends | estimate | quantize | bench | run | links`."""
+"""The command line: `python -m qwlib models | schemes | backends | estimate | quantize | merge | bench | run | links`."""
 
 import sys
 from pathlib import Path
@@ -107,6 +107,17 @@ def quantize(
     folder = quantizing.quantize(model, scheme, out, group_size=group_size, text=text)
     held = artefacts.read(folder)["files"]
     print(f"{folder}: {len(held)} files, {sum(file['bytes'] for file in held.values()) / 1e9:.3f} GB")
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Option(help="a model with an adapter: nemoguard-8b, or model+adapter")],
+    out: Annotated[Path | None, typer.Option(help="folder to write; else one in the cache")] = None,
+) -> None:
+    """Merge a LoRA adapter into its model's 16-bit weights, to be quantized afterwards."""
+    from . import adapters
+
+    print(adapters.merge(model, out))
 
 
 @app.command()

@@ -126,7 +126,8 @@ def verify(folder: Path) -> dict | None:
 
 
 def source(row: catalog.Model) -> dict[str, str]:
-    """What a model is made from: its name, and the revision of its repository or a hash of its files."""
+    """What a model, its adapter aside, is made from: its name, and the revision of its repository or a hash of its files."""
+    row = catalog.base(row)
     if row.source is None:
         return {"name": row.name, "sha256": embedded.sha256(row.name)}
     folder = Path(row.source)

@@ -8,7 +8,7 @@ Revisions are commit hashes of the Hub repository where one could be known; `Non
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -155,6 +155,7 @@ EMBEDDED = "smollm2-135m"
 def find(model: str) -> Model:
     """The catalog row of that name, else a row for a local folder, a Hub id or a GGUF file.
 
+    `model+adapter` is either with a LoRA adapter over it, a folder or Hub id.
     The file is a path, or `owner/name/file.gguf` for one on the Hub, which is downloaded here: only it says what it holds.
 
     Raises QwlibError with the nearest names, where a folder holds no model, or a file can't be had.
@@ -167,6 +168,12 @@ def find(model: str) -> Model:
     if name.endswith(".gguf"):
         return Model(name, *hub.gguf_folder(name), what="a GGUF file")
     folder = Path(name).expanduser()
+    if "+" in name and not folder.exists():
+        under, _, over = name.rpartition("+")
+        under, local = find(under), Path(over).expanduser()
+        if local.is_dir():
+            return replace(under, name=f"{under.name}+{local.name}", adapter=Adapter(str(local.resolve()), None))
+        return replace(under, name=f"{under.name}+{over}", adapter=Adapter(over, None))
     if folder.exists():
         if not (folder / "config.json").is_file() and not gguf_file(folder):
             raise QwlibError(f"{name} is not a model: it has no config.json; name a folder that save_pretrained wrote")
@@ -177,6 +184,11 @@ def find(model: str) -> Model:
         raise QwlibError(f"no such folder: {name}; name a folder with a config.json, a Hub id, or a catalog model")
     near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
     raise QwlibError(f"unknown model {name!r}: did you mean {', '.join(near)}? `python -m qwlib models` lists all")
+
+
+def base(row: Model) -> Model:
+    """The row without its adapter: `model` of `model+adapter`."""
+    return replace(row, name=row.name.partition("+")[0], adapter=None) if row.adapter else row
 
 
 def gguf_file(folder: str | Path) -> str | None:

@@ -8,12 +8,21 @@ a model of its own (llama.cpp, ONNX Runtime, ExLlama) only has to bring a `Reade
 What it leaves out: batches in `Stepwise`. Its libraries can answer many requests at once, each in a way of its own.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from . import memory
 from .errors import QwlibError
+
+
+@dataclass
+class Prefix:
+    """Token ids that stand before every row, and their keys and values where an engine kept them."""
+
+    ids: list[int]
+    kept: Any = None
 
 
 @dataclass
@@ -40,16 +49,31 @@ class Transformers:
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         return [i for i in (settings.pad_token_id, *ends) if i is not None]
 
-    def logits(self, ids, mask, last: int | None = None):
+    def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None):
         """(batch × positions × vocabulary), or the `last` positions only, on the device and in the model's type."""
         import torch
 
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        before, cache = len(after.ids) if after else 0, None
+        positions = before + (mask.cumsum(-1) - 1).clamp(min=0)
+        mask = torch.cat([mask.new_ones(len(mask), before), mask], -1)
         ids, mask, positions = (part.to(self.device) for part in (ids, mask, positions))
+        wanted = {"logits_to_keep": last} if last and self.model._supports_logits_to_keep() else {}
         with torch.inference_mode():
-            wanted = {"logits_to_keep": last} if last and self.model._supports_logits_to_keep() else {}
-            scores = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **wanted).logits
+            if after:
+                cache = copy.deepcopy(after.kept)  # the forward appends to it
+                cache.batch_repeat_interleave(len(ids))
+            settings = {"past_key_values": cache, "use_cache": after is not None, **wanted}
+            scores = self.model(ids, attention_mask=mask, position_ids=positions, **settings).logits
         return scores[:, -last:] if last else scores
+
+    def prefix(self, ids: list[int]) -> Prefix:
+        """The ids with the keys and values of one row."""
+        import torch
+
+        wanted = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        with torch.inference_mode():
+            read = self.model(torch.tensor([ids], device=self.device), use_cache=True, **wanted)
+        return Prefix(ids, read.past_key_values)
 
     def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
         """transformers' `generate`, greedy: (batch × new) on the host."""
@@ -113,15 +137,19 @@ class Stepwise:
     def longest(self) -> int | None:
         return self.reader.longest
 
-    def logits(self, ids, mask, last: int | None = None):
+    def prefix(self, ids: list[int]) -> Prefix:
+        """The ids alone: a reader goes forward only."""
+        return Prefix(ids)
+
+    def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None):
         """As `Transformers.logits`; a position before a row's first token, where nothing is read, scores 0 everywhere."""
         import torch
 
         width, out = last or ids.shape[1], None
         for number, (row, real) in enumerate(zip(ids, mask.bool(), strict=True)):
-            row = row[real].tolist()
-            self.reader.begin(len(row))
-            scores = self.reader.read(row, min(width, len(row)))
+            row, before = row[real].tolist(), after.ids if after else []
+            self.reader.begin(len(before) + len(row))
+            scores = self.reader.read(before + row, min(width, len(row)))
             if out is None:
                 out = torch.zeros(len(ids), width, self.vocabulary, dtype=scores.dtype, device=scores.device)
             out[number, width - len(scores) :] = scores

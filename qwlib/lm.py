@@ -77,12 +77,20 @@ class Lm:
         ids, mask = self._prepare(ids, new_tokens)
         return self.engine.generate(ids, mask, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos)
 
-    def logits(self, ids, *, last: int | None = None):
+    def logits(self, ids, *, last: int | None = None, after=None):
         """Scores of the next token at every position, or at the `last` ones only, which spares the head the others.
 
-        (batch × positions × vocabulary), on the model's device and in its type.
+        `after`: a `prefix` that stands before every row. (batch × positions × vocabulary), on the model's device and in its type.
         """
-        return self.engine.logits(*self._prepare(ids), last)
+        return self.engine.logits(*self._prepare(ids, len(after.ids) if after else 0), last, after)
+
+    def prefix(self, ids: list[int]):
+        """Token ids that many rows begin with, read once: `logits(rows, after=…)` takes the rows without them.
+
+        Where the backend can't keep what it read, they are read again with every row, and only the answer is the same.
+        """
+        self._prepare([ids])
+        return self.engine.prefix(list(ids))
 
     def save(self, folder) -> None:
         """Write model and tokenizer with `save_pretrained`, quietly; `load(folder, scheme)` reads them back.

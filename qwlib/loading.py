@@ -125,7 +125,7 @@ def folder(model: str, weights: str = "trained") -> str:
     if weights == "random":
         return str(random_weights.checkpoint(row))
     if row.source is None:
-        return str(embedded.checkpoint(row.name))
+        return str(embedded.checkpoint(catalog.base(row).name))
     return row.source if Path(row.source).is_dir() else hub.fetch(row)
 
 

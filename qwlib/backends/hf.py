@@ -55,8 +55,10 @@ def finish(lm) -> None:
     """What every transformers model needs once its weights are there: the adapter, greedy settings, an engine."""
     from transformers import GenerationConfig
 
+    from .. import adapters
+
     if lm.row.adapter and lm.weights == "trained":
-        lm.model = _adapted(lm)
+        lm.model = adapters.put_over(lm)
     old = lm.model.generation_config
     lm.model.generation_config = GenerationConfig(  # sampling settings of the publisher would warn at every greedy call
         bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
@@ -106,16 +108,3 @@ def call(module: str, options: list[str]) -> None:
     if done.returncode:
         said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no word"]
         raise QwlibError(f"{module} failed: {said[-1][:300]}")
-
-
-def _adapted(lm):
-    from peft import PeftModel
-
-    over = lm.row.adapter
-    return PeftModel.from_pretrained(
-        lm.model,
-        over.source,
-        revision=over.revision,
-        subfolder=over.folder or None,
-        autocast_adapter_dtype=False,  # else the adapter alone would be float32
-    ).eval()

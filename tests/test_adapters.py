@@ -1,0 +1,109 @@
+"""LoRA adapters over the embedded model and merged into it."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qwlib
+from qwlib import adapters, artefacts, catalog, embedded, estimates, worker
+from qwlib.errors import QwlibError
+
+IDS = torch.tensor([[504, 3575, 282, 4649, 314]])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(a folder with a small random adapter, scores of the 32-bit model under it)."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(embedded.checkpoint(), dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = get_peft_model(base, config).eval()
+    folder = tmp_path_factory.mktemp("lora")
+    tuned.save_pretrained(folder)
+    with torch.inference_mode():
+        return folder, tuned(IDS).logits.log_softmax(-1)
+
+
+def divergence(scores, wanted) -> float:
+    """Mean KL divergence in nats a position."""
+    ours = scores.float().cpu().log_softmax(-1)
+    return float((wanted.exp() * (wanted - ours)).sum(-1).mean())
+
+
+def test_it_is_found_in_the_root_or_in_the_sub_folder(made, tmp_path):
+    inside = tmp_path / "repo" / "adapter"
+    shutil.copytree(made[0], inside)
+    row = catalog.find(f"smollm2-135m+{made[0]}")
+    assert row.name == f"smollm2-135m+{made[0].name}"  # a path may name a person
+    assert adapters.folder(row) is None
+    over = catalog.Adapter(str(tmp_path / "repo"), None, "adapter")
+    assert adapters.folder(replace(row, adapter=over)) == "adapter"
+    assert adapters.folder(replace(row, adapter=replace(over, source=str(inside)))) is None  # the root comes first
+    with pytest.raises(QwlibError, match=r"holds no adapter: it has no adapter_config\.json"):
+        adapters.folder(replace(row, adapter=replace(over, folder="other")))
+
+
+def test_merged_is_what_it_is_over_the_model(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("QWLIB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    checkpoint = embedded.checkpoint()  # unpacked again: the cache is another one
+    name = f"smollm2-135m+{made[0]}"
+    with qwlib.load(name, "fp32") as lm:
+        assert divergence(lm.logits(IDS), made[1]) < 1e-4
+    with qwlib.load(str(checkpoint), "bf16") as lm:
+        without = divergence(lm.logits(IDS), made[1])
+    merged = adapters.merge(name)
+    assert adapters.merge(name) == merged
+    with qwlib.load(str(merged), "bf16") as lm:
+        rounded = divergence(lm.logits(IDS), made[1])
+    assert rounded < 0.05 < without
+    artefact = adapters.merge_then_quantize(name, "nf4")
+    assert artefacts.read(artefact)["source"]["name"] == merged.name
+    found = {}
+    for row in (name, str(artefact)):
+        with qwlib.load(row, "nf4") as lm:
+            found[row] = divergence(lm.logits(IDS), made[1])
+    assert rounded < min(found.values())
+    assert max(found.values()) < without
+    assert found[name] != found[str(artefact)]
+
+
+def test_a_worker_measures_the_two_as_rows(made, tmp_path):
+    job = {
+        "model": f"smollm2-135m+{made[0]}",
+        "scheme": "nf4",
+        "prompt_tokens": 4,
+        "new_tokens": 2,
+        "runs": 1,
+        "warmup": 0,
+    }
+    record = worker.spawn(job, tmp_path / "record.json")
+    assert record["model"]["name"] == f"smollm2-135m+{made[0].name}"
+    assert str(made[0].parent) not in (tmp_path / "record.json").read_text()
+    lora = sum(t.numel() for t in _tensors(made[0]))
+    plain = estimates.estimate("smollm2-135m", "nf4")
+    assert record["memory"]["weights_bytes"] == plain.weights_bytes + 2 * lora  # 16-bit beside the 4-bit weights
+    assert (
+        worker.fail(worker.complete(job), "why", tmp_path / "failed.json")["model"]["name"]
+        == f"smollm2-135m+{made[0].name}"
+    )
+
+
+def _tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors").values()
+
+
+def test_what_can_not_be_merged(made, tmp_path):
+    with pytest.raises(QwlibError, match="has no adapter to merge: name it as model\\+adapter"):
+        adapters.merge("smollm2-135m")
+    with pytest.raises(QwlibError, match="is there already: name a new folder"):
+        adapters.merge(f"smollm2-135m+{made[0]}", tmp_path)
+    with pytest.raises(QwlibError, match="unknown model 'smollm'"):
+        catalog.find(f"smollm+{made[0]}")
