@@ -8,8 +8,9 @@ a model of its own (llama.cpp, ONNX Runtime, ExLlama) only has to bring a `Reade
 What it leaves out: batches in `Stepwise`. Its libraries can answer many requests at once, each in a way of its own.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,8 +50,11 @@ class Transformers:
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         return [i for i in (settings.pad_token_id, *ends) if i is not None]
 
-    def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None):
-        """(batch × positions × vocabulary), or the `last` positions only, on the device and in the model's type."""
+    def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None, precise: bool = False):
+        """(batch × positions × vocabulary), or the `last` positions only, on the device and in the model's type.
+
+        `precise`: in float32, where the head is a plain linear layer.
+        """
         import torch
 
         before, cache = len(after.ids) if after else 0, None
@@ -63,7 +67,8 @@ class Transformers:
                 cache = copy.deepcopy(after.kept)  # the forward appends to it
                 cache.batch_repeat_interleave(len(ids))
             settings = {"past_key_values": cache, "use_cache": after is not None, **wanted}
-            scores = self.model(ids, attention_mask=mask, position_ids=positions, **settings).logits
+            with _float32_head(self.model) if precise else contextlib.nullcontext():
+                scores = self.model(ids, attention_mask=mask, position_ids=positions, **settings).logits
         return scores[:, -last:] if last else scores
 
     def prefix(self, ids: list[int]) -> Prefix:
@@ -104,6 +109,28 @@ class Transformers:
         self.model, self.beside = None, ()
 
 
+@contextlib.contextmanager
+def _float32_head(model) -> Iterator[None]:
+    """The head multiplies in float32 meanwhile, slice by slice; a quantized one stays as it is."""
+    import torch
+
+    head = model.get_output_embeddings()
+
+    def again(module, inputs, _):
+        hidden = inputs[0].float()
+        parts = [hidden @ rows.float().T for rows in module.weight.split(16_384)]
+        bias = 0 if module.bias is None else module.bias.float()
+        return torch.cat(parts, -1) + bias
+
+    plain = type(head) is torch.nn.Linear and head.weight.dtype != torch.float32
+    hook = head.register_forward_hook(again) if plain else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
 class Reader(Protocol):
     """A model of another library, with one row of tokens in its cache."""
 
@@ -141,8 +168,11 @@ class Stepwise:
         """The ids alone: a reader goes forward only."""
         return Prefix(ids)
 
-    def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None):
-        """As `Transformers.logits`; a position before a row's first token, where nothing is read, scores 0 everywhere."""
+    def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None, precise: bool = False):
+        """As `Transformers.logits`, in the type that the reader gives.
+
+        A position before a row's first token, where nothing is read, scores 0 everywhere.
+        """
         import torch
 
         width, out = last or ids.shape[1], None

@@ -89,6 +89,9 @@ class Guard:
     unsafe: tuple[str, ...]
     between: str | None = None
     options: dict = field(default_factory=dict)  # of the chat template
+    published: dict = field(
+        default_factory=dict
+    )  # a set of `labelled` → figures that the maker gives for the 16-bit model
 
 
 _NEMO = dict(
@@ -104,7 +107,13 @@ _QWEN = dict(messages=_turns, begin="Safety:")
 GUARDS = {
     row.name: row
     for row in (
-        Guard("nemoguard-8b", "nemoguard-8b", "NVIDIA's, a LoRA adapter over Llama-3.1-8B-Instruct", **_NEMO),
+        Guard(
+            "nemoguard-8b",
+            "nemoguard-8b",
+            "NVIDIA's, a LoRA adapter over Llama-3.1-8B-Instruct",
+            published={"aegis2": {"f1": 0.868}},  # the model card's, on prompts
+            **_NEMO,
+        ),
         Guard(
             "nemotron-safety-guard-8b-v3",
             "nvidia/Llama-3.1-Nemotron-Safety-Guard-8B-v3",
@@ -334,7 +343,7 @@ class Judge:
 
         wide = lms.pad_left(rows)
         reach = min(1 + max(map(len, self._words.values())) + len(self._between), wide.shape[1])
-        found = self.lm.logits(wide, last=reach, after=after).float().log_softmax(-1)
+        found = self.lm.logits(wide, last=reach, after=after, precise=True).float().log_softmax(-1)
         first = [[self._words[word][0] for word in words] for words in (self.row.safe, self.row.unsafe)]
         return torch.stack([found[..., ids].logsumexp(-1) for ids in first], -1).cpu()
 

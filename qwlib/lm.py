@@ -77,12 +77,13 @@ class Lm:
         ids, mask = self._prepare(ids, new_tokens)
         return self.engine.generate(ids, mask, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos)
 
-    def logits(self, ids, *, last: int | None = None, after=None):
+    def logits(self, ids, *, last: int | None = None, after=None, precise: bool = False):
         """Scores of the next token at every position, or at the `last` ones only, which spares the head the others.
 
-        `after`: a `prefix` that stands before every row. (batch × positions × vocabulary), on the model's device and in its type.
+        `after`: a `prefix` that stands before every row. `precise`: the head in float32, since scores of 16 bits come in steps of
+        an eighth or so. (batch × positions × vocabulary), on the model's device and, unless precise, in its type.
         """
-        return self.engine.logits(*self._prepare(ids, len(after.ids) if after else 0), last, after)
+        return self.engine.logits(*self._prepare(ids, len(after.ids) if after else 0), last, after, precise)
 
     def prefix(self, ids: list[int]):
         """Token ids that many rows begin with, read once: `logits(rows, after=…)` takes the rows without them.

@@ -240,3 +240,53 @@ def intervals(rows: dict[str, dict[str, tuple[float, float]]], unit: str):
     ax.grid(visible=False)
     ax.legend(frameon=False)
     return figure
+
+
+def score_scatter(ours, theirs, labels, *, names: tuple[str, str], threshold: float):
+    """P(unsafe) of each row under two schemes; rows in the shaded quarters change their verdict."""
+    import numpy
+
+    figure, (ax,) = axes(4.6, 4.2)
+    ours, theirs, labels = (numpy.asarray(column) for column in (ours, theirs, labels))
+    for x, y in ((0, threshold), (threshold, 0)):
+        corner = (1 - threshold if x else threshold), (1 - threshold if y else threshold)
+        ax.add_patch(_rectangle((x, y), *corner))
+    ax.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    for label, name, marker, colour in ((0, "safe", "o", COLOURS[0]), (1, "unsafe", "^", COLOURS[5])):
+        some = labels == label
+        ax.plot(ours[some], theirs[some], marker, color=colour, markersize=5, alpha=0.75, label=f"labelled {name}")
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    ax.set_xlabel(f"P(unsafe) in {names[0]}")
+    ax.set_ylabel(f"P(unsafe) in {names[1]}")
+    ax.legend(frameon=False, loc="upper left", fontsize=9)
+    return figure
+
+
+def _rectangle(corner, width: float, height: float):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, color="#eeeeee", zorder=0)
+
+
+def reliability(bins: dict[str, list[dict]]):
+    """Share of unsafe rows against mean P(unsafe), a bin of scores a point; maps a scheme to `classify.reliability`'s bins."""
+    figure, (ax,) = axes(5.2, 4.2)
+    ax.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    for number, (name, found) in enumerate(bins.items()):
+        mean = [each["mean_score"] + 0.008 * number for each in found]  # beside each other, not over each other
+        share = [each["share_unsafe"] for each in found]
+        ends = ([s - each["share_low"] for s, each in zip(share, found, strict=True)],)
+        ends += ([each["share_high"] - s for s, each in zip(share, found, strict=True)],)
+        style = {
+            "color": COLOURS[number],
+            "marker": "os^D"[number % 4],
+            "capsize": 2,
+            "linewidth": 1.2,
+            "markersize": 5,
+        }
+        ax.errorbar(mean, share, yerr=[[max(end, 0) for end in side] for side in ends], label=name, **style)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.set_xlabel("mean P(unsafe) of a bin")
+    ax.set_ylabel("share of its rows labelled unsafe")
+    ax.legend(frameon=False)
+    return figure

@@ -66,6 +66,15 @@ def test_a_prefix_stands_before_every_row(lm, twin):
         twin.logits([[5, 6]], after=twin.prefix([7] * 127))
 
 
+def test_precise_scores_are_not_rounded_to_sixteen_bits(lm):
+    ids = lm.encode("The capital of France is")
+    rounded, precise = lm.logits(ids, last=2), lm.logits(ids, last=2, precise=True)
+    assert (rounded.dtype, precise.dtype) == (torch.bfloat16, torch.float32)
+    assert (precise - rounded.float()).abs().max() <= rounded.float().abs().max() / 256  # bf16 keeps 8 bits
+    assert not torch.equal(precise, precise.bfloat16().float())
+    assert torch.equal(lm.logits(ids, last=2), rounded)  # the hook is gone
+
+
 def test_a_stream_is_the_same_one(lm, twin):
     ids = lm.encode("The capital of France is")
     seen = []
