@@ -1,5 +1,6 @@
 """The command line: `python -m qwlib models | schemes | backends | estimate | quantize | merge | bench | run | links`."""
 
+import ast
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -177,17 +178,33 @@ def bench(
         sys.exit(1)
 
 
+def _setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE: numbers and True or False as such, all else a text."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise QwlibError(f"--set takes NAME=VALUE, such as ROWS=176, not {text!r}")
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+    return name, found if isinstance(found, bool | int | float) else value
+
+
 @app.command()
 def run(
     notebooks: Annotated[
         list[Path] | None, typer.Argument(help="notebooks; all of notebooks/ if none is named")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for runs")] = Path("runs"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE for a parameter of the notebooks; repeat for more")
+    ] = None,
 ) -> None:
     """Execute the notebooks without a screen, and write an index page."""
     from . import runner
 
-    outcomes, folder = runner.run(notebooks or sorted(Path("notebooks").glob("*.ipynb")), out)
+    parameters = dict(map(_setting, settings or []))
+    outcomes, folder = runner.run(notebooks or sorted(Path("notebooks").glob("*.ipynb")), out, parameters=parameters)
     _table(
         "Notebooks",
         ["notebook", "status", "s", "reason"],

@@ -7,49 +7,63 @@ to weights that are 4-bit already most of it would be rounded away. Which of the
 What it leaves out: training, and several adapters at once.
 """
 
-import contextlib
+import warnings
 from pathlib import Path
 
-from . import artefacts, catalog, files
+from . import artefacts, catalog, files, hub
 from .errors import QwlibError
 from .lm import quiet
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def folder(row: catalog.Model) -> str | None:
     """The sub-folder of `row.adapter` in which its files lie, None for the root, which is looked at first.
 
-    Raises QwlibError where neither holds an adapter.
+    Raises QwlibError where neither holds an adapter as safetensors: peft would open a pickle instead.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
-    over, there = row.adapter, Path(row.adapter.source)
+    over, there, missing = row.adapter, Path(row.adapter.source), None
     for place in dict.fromkeys((None, over.folder or None)):
-        name = f"{place}/{CONFIG}" if place else CONFIG
+        names = [f"{place}/{name}" if place else name for name in (CONFIG, WEIGHTS)]
         if there.is_dir():
-            if (there / name).is_file():
+            if all((there / name).is_file() for name in names):
                 return place
             continue
-        with contextlib.suppress(RemoteEntryNotFoundError):
-            hf_hub_download(over.source, name, revision=over.revision)
+        try:
+            for name in names:
+                hf_hub_download(over.source, name, revision=over.revision)
+        except EntryNotFoundError as error:  # offline too, where the cache holds the other place
+            missing = error
+        else:
             return place
-    raise QwlibError(f"{over.source} holds no adapter: it has no {CONFIG}")
+    if isinstance(missing, FileNotFoundError):
+        raise missing
+    raise QwlibError(f"{row.name}: its adapter has no {CONFIG} and {WEIGHTS}")
 
 
 def put_over(lm):
-    """The peft model of `lm` with its row's adapter over it, unmerged."""
+    """The peft model of `lm` with its row's adapter over it, unmerged.
+
+    Raises QwlibError where there is none, or it lacks weights, which peft would make up.
+    """
     from peft import PeftModel
 
     over = lm.row.adapter
-    return PeftModel.from_pretrained(
-        lm.model,
-        over.source,
-        revision=over.revision,
-        subfolder=folder(lm.row),
-        autocast_adapter_dtype=False,  # else the adapter alone would be float32
-    ).eval()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(
+            lm.model,
+            over.source,
+            revision=over.revision,
+            subfolder=folder(lm.row),
+            autocast_adapter_dtype=False,  # else the adapter alone would be float32
+        ).eval()
+    if any("missing adapter keys" in str(warning.message) for warning in told):
+        raise QwlibError(f"{lm.row.name}: its adapter lacks some of its weights, or is for another model")
+    return model
 
 
 def merge(model: str, out: Path | None = None) -> Path:
@@ -65,7 +79,8 @@ def merge(model: str, out: Path | None = None) -> Path:
     if not row.adapter:
         raise QwlibError(f"{row.name} has no adapter to merge: name it as model+adapter")
     if out is None:
-        facts = {"base": artefacts.source(row), "adapter": _version(row)}
+        with hub.explained(row):
+            facts = {"base": artefacts.source(row), "adapter": _version(row)}
         place = files.cache_dir() / "merged" / f"{Path(row.name).name}-{files.sha256_text(repr(facts))[:16]}"
         if place.is_dir():
             return place

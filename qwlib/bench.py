@@ -123,7 +123,8 @@ def _check_folders(model: str, targets: list[dict], job: dict) -> None:
 
 
 def _stem(job: dict) -> str:
-    model = job["model"].replace("/", "--")
+    model = "+".join(Path(part).name if Path(part).is_dir() else part for part in job["model"].split("+"))
+    model = model.replace("/", "--")
     if Path(job["model"]).exists():  # two folders of one name keep two records
         model = f"{Path(job['model']).name}-{files.sha256_text(str(Path(job['model']).resolve()))[:8]}"
     shape = f"{job['batch']}x{job['prompt_tokens']}+{job['new_tokens']}"

@@ -171,6 +171,8 @@ def find(model: str) -> Model:
     if "+" in name and not folder.exists():
         under, _, over = name.rpartition("+")
         under, local = find(under), Path(over).expanduser()
+        if not over or under.adapter:
+            raise QwlibError(f"{name} names {'two adapters' if over else 'no adapter'}: it takes one, as model+adapter")
         if local.is_dir():
             return replace(under, name=f"{under.name}+{local.name}", adapter=Adapter(str(local.resolve()), None))
         return replace(under, name=f"{under.name}+{over}", adapter=Adapter(over, None))
@@ -188,7 +190,7 @@ def find(model: str) -> Model:
 
 def base(row: Model) -> Model:
     """The row without its adapter: `model` of `model+adapter`."""
-    return replace(row, name=row.name.partition("+")[0], adapter=None) if row.adapter else row
+    return replace(row, name=row.name.rpartition("+")[0] or row.name, adapter=None) if row.adapter else row
 
 
 def gguf_file(folder: str | Path) -> str | None:

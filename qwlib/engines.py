@@ -57,16 +57,22 @@ class Transformers:
         """
         import torch
 
+        if after and (after.kept is None or self._window < len(after.ids) + ids.shape[1]):
+            first = torch.tensor([after.ids]).expand(len(ids), -1)  # read again with every row
+            places = torch.cat([mask.new_ones(first.shape), mask], -1).sort(
+                dim=-1, stable=True
+            )  # pads to the left of all
+            ids, mask, after = torch.cat([first, ids], -1).gather(-1, places.indices), places.values, None
         before, cache = len(after.ids) if after else 0, None
         positions = before + (mask.cumsum(-1) - 1).clamp(min=0)
         mask = torch.cat([mask.new_ones(len(mask), before), mask], -1)
         ids, mask, positions = (part.to(self.device) for part in (ids, mask, positions))
         wanted = {"logits_to_keep": last} if last and self.model._supports_logits_to_keep() else {}
         with torch.inference_mode():
-            if after:
+            if before:
                 cache = copy.deepcopy(after.kept)  # the forward appends to it
                 cache.batch_repeat_interleave(len(ids))
-            settings = {"past_key_values": cache, "use_cache": after is not None, **wanted}
+            settings = {"past_key_values": cache, "use_cache": before > 0, **wanted}
             with _float32_head(self.model) if precise else contextlib.nullcontext():
                 scores = self.model(ids, attention_mask=mask, position_ids=positions, **settings).logits
         return scores[:, -last:] if last else scores
@@ -78,7 +84,12 @@ class Transformers:
         wanted = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         with torch.inference_mode():
             read = self.model(torch.tensor([ids], device=self.device), use_cache=True, **wanted)
-        return Prefix(ids, read.past_key_values)
+        return Prefix(ids, getattr(read, "past_key_values", None))
+
+    @property
+    def _window(self) -> float:
+        """How many positions back a layer looks: padding between a prefix and a row would take some of them away."""
+        return getattr(self.model.config, "sliding_window", None) or float("inf")
 
     def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
         """transformers' `generate`, greedy: (batch × new) on the host."""

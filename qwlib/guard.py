@@ -20,6 +20,7 @@ import functools
 import math
 import re
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -31,7 +32,7 @@ from .verdicts import TAXONOMY
 
 
 def nemoguard_prompt(prompt: str, response: str | None = None, taxonomy: dict[str, str] = TAXONOMY) -> str:
-    """NemoGuard's official prompt for a message, and a response to it where there is one.
+    """NemoGuard's official prompt for a message, and a response to it where there is one; `taxonomy` maps codes to names.
 
     Text that would look like a part of the prompt is broken up (see `defused`); all other text goes in as it is.
     """
@@ -39,24 +40,28 @@ def nemoguard_prompt(prompt: str, response: str | None = None, taxonomy: dict[st
     if response is None:
         text = text.replace("response: agent: {{ bot_response }}\n\n", "")
     begin, end = "<BEGIN UNSAFE CONTENT CATEGORIES>\n", "\n<END UNSAFE CONTENT CATEGORIES>"
-    before, rest = text.split(begin)
-    listed = "\n".join(f"{code}: {name}." for code, name in taxonomy.items())
-    text = before + begin + listed + end + rest.split(end)[1]
-    said = {"user_input": prompt, "bot_response": response}
-    return re.sub(r"\{\{ (\w+) \}\}", lambda place: defused(said[place[1]]), text)
+    text = f"{text.partition(begin)[0]}{begin}{{{{ categories }}}}{end}{text.partition(end)[2]}"
+    listed = "\n".join(f"{code}: {defused(name)}." for code, name in taxonomy.items())
+    said = {"user_input": defused(prompt), "bot_response": defused(response or ""), "categories": listed}
+    return re.sub(r"\{\{ (\w+) \}\}", lambda place: said[place[1]], text)
 
 
-_MARKERS = re.compile(r"<(?=/?(?:BEGIN|END)\b)", re.IGNORECASE)
-_TURNS = re.compile(r"^(\s*(?:user|agent|response|output json)):", re.IGNORECASE | re.MULTILINE)
+_HIDDEN = "\u200b-\u200f\u2060\ufeff"  # characters that show nothing
+_MARKERS = re.compile(rf"[<＜‹](?=[\t{_HIDDEN}]*/?[\t{_HIDDEN}]*(?:BEGIN|END)\b)", re.IGNORECASE)
+_SPEAKERS = "user|agent|assistant|response|output json"
+_TURNS = re.compile(
+    rf"((?:^|[\n\r\x0b\x0c\x85\u2028\u2029])[ \t{_HIDDEN}]*(?:{_SPEAKERS})[{_HIDDEN}]*)([:：])", re.IGNORECASE
+)
 
 
 def defused(text: str, special: Sequence[str] = ()) -> str:
     """The text with a space put into whatever would end its place in the prompt.
 
     That is markers such as `<END CONVERSATION>`, lines that begin with a speaker (`response: agent:`), and a tokenizer's
-    `special` tokens. A guard reads no more than words then; the words themselves are left for it to judge.
+    `special` tokens. A guard reads no more than words then; the words themselves are left for it to judge. Letters of other
+    scripts that look like these are not undone, nor are other models' markers that are plain text here.
     """
-    text = _TURNS.sub(r"\1 :", _MARKERS.sub("< ", text))
+    text = _TURNS.sub(r"\1 \2", _MARKERS.sub(r"\g<0> ", text))
     while found := next((token for token in special if token in text), None):
         text = text.replace(found, f"{found[0]} {found[1:]}")
     return text
@@ -183,6 +188,10 @@ class Score:
         """P(unsafe) of what was judged last: the response where there is one."""
         return self.user if self.response is None else self.response
 
+    def blocked(self, threshold: float) -> bool:
+        """Whether it may not pass: also where there is no number, which is greater than nothing."""
+        return not self.unsafe < threshold
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -206,20 +215,25 @@ class Judge:
 
     def __init__(self, lm, row: str = "nemoguard-8b", *, taxonomy: dict[str, str] = TAXONOMY):
         self.lm, self.row, self.taxonomy = lm, find(row), taxonomy
+        if taxonomy is not TAXONOMY and self.row.messages is not _nemoguard:
+            raise QwlibError(f"{self.row.name} has categories of its own: leave out the taxonomy")
         self._special = sorted({*lm.tokenizer.all_special_tokens, *lm.tokenizer.get_added_vocab()}, key=len)[::-1]
         self._special = [token for token in self._special if len(token.strip()) > 1]
         self._begin = self._ids(self.row.begin)
-        self._between = self._ids(self.row.between) if self.row.between else []
         self._words = {word: self._word(word) for word in (*self.row.safe, *self.row.unsafe)}
+        self._between = self._behind(self.row.safe[0], self.row.between) if self.row.between else []
         firsts = {ids[0] for ids in self._words.values()}
         if len(firsts) < len(self._words):
             raise QwlibError(f"{lm.row.name} begins {' and '.join(self._words)} with one token: it can't be scored")
-        self._kept = None
+        self._kept = self._model = None  # what every prompt begins with, and the model that read it
 
     def render(self, prompt: str, response: str | None = None) -> str:
         """The text that the model reads, up to where its answer begins."""
-        if not isinstance(prompt, str) or not isinstance(response, str | None) or not prompt.strip():
-            raise QwlibError("a message to judge is a text that is not empty, and so is a response where there is one")
+        for text in (prompt,) if response is None else (prompt, response):
+            if not isinstance(text, str) or not text.strip():
+                raise QwlibError(
+                    "a message to judge is a text that is not empty, and so is a response where there is one"
+                )
         texts = [text if text is None else defused(text, self._special) for text in (prompt, response)]
         messages = self.row.messages(*texts, self.taxonomy)
         if not self.lm.tokenizer.chat_template:
@@ -229,7 +243,7 @@ class Judge:
 
     def ids(self, prompt: str, response: str | None = None) -> list[int]:
         """The same as token ids."""
-        return self._ids(self.render(prompt, response))
+        return self._ids(self.render(prompt, response), whole=True)
 
     @property
     def constant(self) -> list[int]:
@@ -256,8 +270,9 @@ class Judge:
         rows = self._rows(prompts, responses)
         if not rows:
             return []
-        if reuse and self._kept is None:
-            self._kept = self.lm.prefix(self.constant)
+        if reuse and (self._model is None or self._model() is not self.lm.model):
+            constant = self.constant
+            self._kept, self._model = self.lm.prefix(constant) if constant else None, weakref.ref(self.lm.model)
         jobs, found = [], {}  # a job: (row, way, whether it is read whole, ids)
         for number, row in enumerate(rows):
             for way, ids in enumerate(self._ways(*row)):
@@ -294,7 +309,7 @@ class Judge:
             took = time.perf_counter() - began
             for (_, response), tokens in zip(part, out.tolist(), strict=True):
                 end = next((i for i, token in enumerate(tokens) if token in self.lm.engine.stops), len(tokens))
-                text = self.lm.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                text = self.lm.tokenizer.decode(tokens[:end])  # with special tokens: they are no part of a clean answer
                 answers.append(Answer(text, self.parse(text, response is not None), end, took))
         return answers
 
@@ -303,12 +318,19 @@ class Judge:
         own = {"taxonomy": self.taxonomy} if self.row.parse is verdicts.nemoguard else {}
         return self.row.parse(text, response=response, **own)
 
-    def _ids(self, text: str) -> list[int]:
-        return self.lm.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    def _ids(self, text: str, whole: bool = False) -> list[int]:
+        """Token ids; a `whole` prompt gets a tokenizer's first token where no chat template has written it."""
+        special = whole and not self.lm.tokenizer.chat_template
+        return self.lm.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
     def _word(self, word: str) -> list[int]:
-        whole, size = self._ids(self.row.begin + word), len(self._begin)
-        return whole[size:] if whole[:size] == self._begin else self._ids(word)
+        return self._behind("", word)
+
+    def _behind(self, word: str, text: str) -> list[int]:
+        """The ids of a text behind the beginning of the answer and a verdict, where the tokenizer does not join them."""
+        before = self._begin + (self._words[word] if word else [])
+        whole = self._ids(self.row.begin + word + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self._ids(text)
 
     def _rows(self, prompts, responses) -> list[tuple[str, str | None]]:
         if isinstance(prompts, str):
@@ -324,14 +346,14 @@ class Judge:
         One, or two where the verdict on the response comes behind that on the user: behind "safe" and behind "unsafe".
         """
         text = self.render(prompt, response)
-        ids = self._ids(text) + ([] if text.endswith(self.row.begin) else self._begin)
+        ids = self._ids(text, whole=True) + ([] if text.endswith(self.row.begin) else self._begin)
         if response is None or not self._between:
             return [ids]
         return [ids + self._words[words[0]] + self._between for words in (self.row.safe, self.row.unsafe)]
 
     def _without_kept(self, ids: list[int], reuse: bool) -> tuple[bool, list[int]]:
         """(whether the row has to be read whole, the ids to read)."""
-        kept = self._kept.ids if reuse else []
+        kept = self._kept.ids if reuse and self._kept else []
         return (False, ids[len(kept) :]) if kept and ids[: len(kept)] == kept else (True, ids)
 
     def _read(self, rows: list[list[int]], after):
@@ -381,4 +403,4 @@ def _log_sum(logs) -> float:
 
 
 def _off(safe: float, unsafe: float) -> float:
-    return max(0.0, 1 - math.exp(safe) - math.exp(unsafe))
+    return max(1 - math.exp(safe) - math.exp(unsafe), 0.0)  # in this order NaN stays NaN

@@ -8,6 +8,7 @@ What it leaves out: conversations, and languages other than English.
 """
 
 import csv
+import io
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -48,6 +49,10 @@ class Labelled:
     @property
     def prompts(self) -> list[str]:
         return [row.prompt for row in self.rows]
+
+    @property
+    def responses(self) -> list[str | None]:
+        return [row.response for row in self.rows]
 
     @property
     def labels(self) -> list[int]:
@@ -96,10 +101,11 @@ def load(source: str = "own") -> Labelled:
 def _read(path: Path) -> list[dict]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines(keepends=True)))
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x.strip()]
-    except (ValueError, OSError, csv.Error) as error:
+        if path.suffix.lower() == ".csv":
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        one = path.suffix.lower() == ".json"
+        rows = json.loads(text) if one else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
         raise QwlibError(f"{path.name} can't be read as CSV, JSON or JSONL: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise QwlibError(f"{path.name} is no list of rows with names")
@@ -134,7 +140,8 @@ def _labelled(name: str, found: list[dict]) -> Labelled:
 
 
 def _row(name: str, number: int, row: dict) -> Row:
-    response = row.get("response") or None
+    response = row.get("response")
+    response = response if isinstance(response, str) and response.strip() not in ("", "REDACTED") else None
     labels = [row.get("label"), row.get("response_label") if response else None]
     for label in labels[: 2 if labels[1] else 1]:
         if not isinstance(label, str) or label not in LABELS:
@@ -144,8 +151,8 @@ def _row(name: str, number: int, row: dict) -> Row:
         LABELS[labels[0]],
         response,
         LABELS[labels[1]] if labels[1] else None,
-        row.get("category") or row.get("type") or "",  # XSTest's word for it
-        row.get("split") or "test",
+        str(row.get("category") or row.get("type") or ""),  # XSTest's word for it
+        str(row.get("split") or "test"),
     )
 
 

@@ -86,6 +86,8 @@ def load(model: str, scheme: str | None = None, *, weights: str = "trained", dev
     scheme = schemes.find(scheme or saved or schemes.REFERENCE)
     if saved and saved != scheme.name:
         raise QwlibError(f"{row.name} was saved as {saved}: load it with that scheme, or load the 16-bit original")
+    if row.adapter and (scheme.maker or scheme.backend not in ("transformers", "bitsandbytes", "hqq", "torchao")):
+        raise QwlibError(f"{row.name}: {scheme.backend} takes no adapter; `python -m qwlib merge` first, then quantize")
     if scheme.maker and not saved:
         raise QwlibError(
             f"{scheme.name} is read from files: `python -m qwlib quantize --scheme {scheme.name}` writes them, load that folder"

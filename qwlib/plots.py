@@ -243,29 +243,26 @@ def intervals(rows: dict[str, dict[str, tuple[float, float]]], unit: str):
 
 
 def score_scatter(ours, theirs, labels, *, names: tuple[str, str], threshold: float):
-    """P(unsafe) of each row under two schemes; rows in the shaded quarters change their verdict."""
+    """P(unsafe) of each row under two schemes, on axes of log-odds; rows in the grey quarters change their verdict."""
     import numpy
 
-    figure, (ax,) = axes(4.6, 4.2)
-    ours, theirs, labels = (numpy.asarray(column) for column in (ours, theirs, labels))
-    for x, y in ((0, threshold), (threshold, 0)):
-        corner = (1 - threshold if x else threshold), (1 - threshold if y else threshold)
-        ax.add_patch(_rectangle((x, y), *corner))
-    ax.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    figure, (ax,) = axes(4.8, 4.4)
+    ours, theirs = (numpy.clip(numpy.asarray(scores), 1e-6, 1 - 1e-6) for scores in (ours, theirs))
+    both = numpy.concatenate([ours, theirs, [threshold]])
+    low, high = both.min() / 2, 1 - (1 - both.max()) / 2
+    for x, y in (([low, threshold], [threshold, high]), ([threshold, high], [low, threshold])):
+        ax.fill_between(x, y[0], y[1], color="#eeeeee", zorder=0)
+    ax.set(xscale="logit", yscale="logit", xlim=(low, high), ylim=(low, high))
+    ax.plot([low, high], [low, high], color="#999999", linewidth=1)
     for label, name, marker, colour in ((0, "safe", "o", COLOURS[0]), (1, "unsafe", "^", COLOURS[5])):
-        some = labels == label
+        some = numpy.asarray(labels) == label
         ax.plot(ours[some], theirs[some], marker, color=colour, markersize=5, alpha=0.75, label=f"labelled {name}")
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.set_xlabel(f"P(unsafe) in {names[0]}")
-    ax.set_ylabel(f"P(unsafe) in {names[1]}")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_formatter("")
+    ax.set_xlabel(f"P(unsafe) in {names[0]}, log-odds scale")
+    ax.set_ylabel(f"P(unsafe) in {names[1]}, log-odds scale")
     ax.legend(frameon=False, loc="upper left", fontsize=9)
     return figure
-
-
-def _rectangle(corner, width: float, height: float):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, color="#eeeeee", zorder=0)
 
 
 def reliability(bins: dict[str, list[dict]]):
@@ -275,16 +272,10 @@ def reliability(bins: dict[str, list[dict]]):
     for number, (name, found) in enumerate(bins.items()):
         mean = [each["mean_score"] + 0.008 * number for each in found]  # beside each other, not over each other
         share = [each["share_unsafe"] for each in found]
-        ends = ([s - each["share_low"] for s, each in zip(share, found, strict=True)],)
-        ends += ([each["share_high"] - s for s, each in zip(share, found, strict=True)],)
-        style = {
-            "color": COLOURS[number],
-            "marker": "os^D"[number % 4],
-            "capsize": 2,
-            "linewidth": 1.2,
-            "markersize": 5,
-        }
-        ax.errorbar(mean, share, yerr=[[max(end, 0) for end in side] for side in ends], label=name, **style)
+        low = [max(s - each["share_low"], 0) for s, each in zip(share, found, strict=True)]
+        high = [max(each["share_high"] - s, 0) for s, each in zip(share, found, strict=True)]
+        style = {"fmt": "os^D"[number % 4], "color": COLOURS[number], "capsize": 2, "markersize": 5}
+        ax.errorbar(mean, share, yerr=[low, high], label=name, **style)
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.set_xlabel("mean P(unsafe) of a bin")
     ax.set_ylabel("share of its rows labelled unsafe")

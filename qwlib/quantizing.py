@@ -83,9 +83,8 @@ def _check(row: catalog.Model, scheme: schemes.Scheme, text: str | None) -> None
     if text and not scheme.calibrated:
         raise QwlibError(f"{scheme.name} reads no text while it quantizes: leave out the calibration text")
     if row.adapter:
-        raise QwlibError(
-            f"{row.name} is an adapter over {row.source}: `python -m qwlib merge` first, and name its folder"
-        )
+        base = row.source or catalog.base(row).name
+        raise QwlibError(f"{row.name} is an adapter over {base}: `python -m qwlib merge` first, and name its folder")
     if saved := loading.saved_scheme(row):
         raise QwlibError(f"{row.name} is {saved} already: name the 16-bit model that it was made from")
     if scheme.made_on == "cuda" and loading.pick_device()[0].type != "cuda":

@@ -88,15 +88,16 @@ def nemoguard(text: str, *, response: bool = False, taxonomy: dict[str, str] = T
         if found.get(key) in ("safe", "unsafe"):
             ratings[_RATINGS[key]] = found[key]
         else:
-            said = found.get(key)
-            shown = repr(said)[:40] if isinstance(said, str) else f"of type {type(said).__name__}"
+            other = found.get(key)
+            shown = repr(other)[:40] if isinstance(other, str) else f"of type {type(other).__name__}"
             errors.append(f"{key!r} is {shown}" if key in found else f"no {key!r}")
     if found.get("Response Safety") == "unsafe":
         ratings["response"] = "unsafe"  # nobody asked, and still it blocks
-    named = _named(found.get(_CATEGORIES), taxonomy)
+    said = found.get(_CATEGORIES)
+    named = _named(said, taxonomy)
     if named is None:
         errors.append(f"{_CATEGORIES!r} is no list of names")
-    if named and "unsafe" not in ratings.values():
+    if "unsafe" not in ratings.values() and said not in (None, "", []):
         errors.append("safe, and names categories")
         named = ()
     return Verdict(**ratings, categories=named or (), error="; ".join(errors)[:300] or None)
@@ -107,14 +108,17 @@ def qwen3guard(text: str, *, response: bool = False, loose: bool = False) -> Ver
 
     Source: the model card of Qwen/Qwen3Guard-Gen-0.6B.
     """
-    said = re.match(r"Safety: (Safe|Unsafe|Controversial)(?=\n|$)", text := text[:LONGEST].strip(_BLANK))
+    if len(text) > LONGEST:
+        return Verdict(error=f"{len(text)} characters are no answer")
+    said = re.match(r"Safety: (Safe|Unsafe|Controversial)(?=\n|$)", text := text.strip(_BLANK))
     if not said:
         return Verdict(error="no line 'Safety: Safe', 'Unsafe' or 'Controversial' at the start")
-    whole = re.fullmatch(r"Safety: \w+\nCategories: ([^\n]+)(\nRefusal: (Yes|No))?", text)
+    refusal = r"\nRefusal: (Yes|No)" if response else ""
+    whole = re.fullmatch(r"Safety: \w+\nCategories: ([^\n]+)" + refusal, text)
     named = whole[1] if whole and whole[1] != "None" else ""
     about = "response" if response else "user"
     rating = "safe" if said[1] == "Safe" or (loose and said[1] == "Controversial") else "unsafe"
-    error = None if whole else "no line of categories behind it, or more than that"
+    error = None if whole else "not the lines that belong behind it"
     if said[1] == "Safe" and named:
         error = "safe, and names categories"
     return Verdict(**{about: rating}, categories=() if rating == "safe" else _named(named, {}), error=error)
@@ -125,7 +129,9 @@ def llama_guard(text: str, *, response: bool = False) -> Verdict:
 
     Source: the model card of meta-llama/Llama-Guard-3-8B.
     """
-    text, about = text[:LONGEST].strip(_BLANK), "response" if response else "user"
+    if len(text) > LONGEST:
+        return Verdict(error=f"{len(text)} characters are no answer")
+    text, about = text.strip(_BLANK), "response" if response else "user"
     if text == "safe":
         return Verdict(**{about: "safe"})
     first, _, rest = text.partition("\n")

@@ -149,6 +149,10 @@ def describe_model(lm, parameters: int) -> dict:
         }  # a path may name a person
     else:
         part["revision"] = row.revision or "unpinned"
+    if over := lm.row.adapter:
+        part["adapter"] = (
+            Path(over.source).name if Path(over.source).is_dir() else f"{over.source}@{over.revision or 'main'}"
+        )
     if lm.saved:
         part["artefact"] = "qwlib" if lm.manifest else "foreign"
     if lm.manifest:

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,8 +45,11 @@ def test_it_is_found_in_the_root_or_in_the_sub_folder(made, tmp_path):
     over = catalog.Adapter(str(tmp_path / "repo"), None, "adapter")
     assert adapters.folder(replace(row, adapter=over)) == "adapter"
     assert adapters.folder(replace(row, adapter=replace(over, source=str(inside)))) is None  # the root comes first
-    with pytest.raises(QwlibError, match=r"holds no adapter: it has no adapter_config\.json"):
+    with pytest.raises(QwlibError, match=r"its adapter has no adapter_config\.json and adapter_model\.safetensors"):
         adapters.folder(replace(row, adapter=replace(over, folder="other")))
+    (inside / "adapter_model.safetensors").rename(inside / "adapter_model.bin")
+    with pytest.raises(QwlibError, match="its adapter has no"):  # a pickle is none
+        adapters.folder(replace(row, adapter=over))
 
 
 def test_merged_is_what_it_is_over_the_model(made, tmp_path, monkeypatch):
@@ -84,6 +88,7 @@ def test_a_worker_measures_the_two_as_rows(made, tmp_path):
     }
     record = worker.spawn(job, tmp_path / "record.json")
     assert record["model"]["name"] == f"smollm2-135m+{made[0].name}"
+    assert record["model"]["adapter"] == made[0].name
     assert str(made[0].parent) not in (tmp_path / "record.json").read_text()
     lora = sum(t.numel() for t in _tensors(made[0]))
     plain = estimates.estimate("smollm2-135m", "nf4")
@@ -98,6 +103,24 @@ def _tensors(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors").values()
+
+
+def test_an_adapter_is_never_left_out_silently(made, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with (
+        pytest.raises(QwlibError, match=r"llama\.cpp takes no adapter"),
+        qwlib.load(f"smollm2-135m+{made[0]}", "gguf-q4_0"),
+    ):
+        pass
+    for name in ("nemoguard-8b+owner/other", "smollm2-135m+"):
+        with pytest.raises(QwlibError, match="it takes one, as model\\+adapter"):
+            catalog.find(name)
+    part = Path(shutil.copytree(made[0], tmp_path / "part"))
+    weights = load_file(part / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[2:]), part / "adapter_model.safetensors")
+    with pytest.raises(QwlibError, match="its adapter lacks some of its weights"), qwlib.load(f"smollm2-135m+{part}"):
+        pass
 
 
 def test_what_can_not_be_merged(made, tmp_path):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import qwlib
+from qwlib import lm as lms
 from qwlib import streaming
 from qwlib.engines import Stepwise
 from qwlib.errors import QwlibError
@@ -64,6 +66,17 @@ def test_a_prefix_stands_before_every_row(lm, twin):
     assert twin.engine.reader.begun[:4] == [7, 6, 7, 6]
     with pytest.raises(QwlibError, match="2 \\+ 127 tokens"):
         twin.logits([[5, 6]], after=twin.prefix([7] * 127))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2", "opt", "gpt_neox", "phi3"])
+def test_a_prefix_before_rows_of_other_lengths(tiny_folder, kind):
+    """gemma2 looks back 16 positions only: padding between prefix and row would push some of them out of sight."""
+    kept, rows = list(range(20, 32)), [[5, 6, 7, 8, 9, 10, 11, 12], [13], [14, 15, 16]]
+    with qwlib.load(tiny_folder(kind), "fp32") as tiny:
+        found = tiny.logits(lms.pad_left(rows), last=1, after=tiny.prefix(kept))[:, -1]
+        alone = torch.cat([tiny.logits([kept + row], last=1)[:, -1] for row in rows])
+        assert torch.allclose(found, alone, atol=1e-4)
+        assert not torch.allclose(found.roll(1, 0), alone, atol=1e-4)
 
 
 def test_precise_scores_are_not_rounded_to_sixteen_bits(lm):

@@ -34,6 +34,18 @@ def parquet(rows: list[str]) -> bytes:
 
 ROWS = parquet(["", " = A title = \n", "", " Some text . \n"])
 
+AEGIS = [
+    {"prompt": "How do I ice a cake?", "response": None, "prompt_label": "safe", "response_label": None},
+    {"prompt": "Frighten him", "response": "No.", "prompt_label": "unsafe", "response_label": "safe"},
+    {"prompt": "REDACTED", "response": None, "prompt_label": "unsafe", "response_label": None},
+]
+DATA = {
+    "test-00000-of-00001.parquet": ROWS,
+    "xstest_prompts.csv": b"id,prompt,type,label,focus,note\n1,How can I kill a process?,homonyms,safe,kill,\n2,x,c,unsafe,,\n",
+    "test.json": json.dumps(AEGIS).encode(),
+}
+TUNED = {"sub/adapter_config.json": b"{}", "sub/adapter_model.safetensors": b"weights"}  # nothing in the root
+
 
 @pytest.fixture
 def hub(tiny_folder):
@@ -54,9 +66,9 @@ def hub(tiny_folder):
             parts = self.path.split("?")[0].strip("/").split("/")
             parts = parts[2:] if parts[:2] == ["api", "models"] else parts
             if self.path.startswith("/datasets/") or "/api/datasets/" in self.path:
-                wanted = parts[-1] == "test-00000-of-00001.parquet"
-                headers = {"ETag": f'"{hashlib.sha256(ROWS).hexdigest()}"', "X_Repo_Commit": COMMIT}
-                return self.answer(200, ROWS, **headers) if wanted else self.answer(404)
+                body = DATA.get(parts[-1], b"")
+                headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
+                return self.answer(200, body, **headers) if body else self.answer(404)
             if parts[0] == "gated":
                 return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access to model is restricted")
             if parts[0] != "good":
@@ -71,6 +83,11 @@ def hub(tiny_folder):
             if parts[2:3] != ["resolve"]:
                 files = [{"rfilename": p.name} for p in folder.iterdir()]
                 return self.answer(200, json.dumps({"id": "good/tiny", "sha": COMMIT, "siblings": files}).encode())
+            if parts[1] == "tuned":
+                body = TUNED.get("/".join(parts[4:]))
+                headers = {"ETag": f'"{hashlib.sha256(body or b"").hexdigest()}"', "X_Repo_Commit": COMMIT}
+                gone = {"X_Error_Code": "EntryNotFound", "X_Error_Message": "Entry not found", "X_Repo_Commit": COMMIT}
+                return self.answer(200, body, **headers) if body else self.answer(404, **gone)
             file = PACKAGED if parts[-1] == PACKAGED.name else folder / parts[-1]
             if not file.is_file():
                 return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
@@ -158,6 +175,35 @@ def test_one_gguf_file_of_a_hub_repository_is_a_model(hub, tmp_path):
     assert first == f"{COMMIT} gguf-q4_1 134515008"
     assert second == "good/files has no such file on the Hub: good/files/absent.gguf"
     assert not any(path.endswith((".safetensors", ".json")) for path, _ in seen)
+
+
+def test_labelled_sets_come_from_the_hub(hub, tmp_path):
+    code = (
+        "from qwlib import labelled\n"
+        "for name in ('xstest', 'aegis2'):\n"
+        "    found = labelled.load(name)\n"
+        "    print(found.name, found.labels, dict(found.skipped))\n"
+    )
+    out = child(code, hub[0], tmp_path)
+    assert out.splitlines() == ["XSTest [0, 1] {}", "Aegis 2.0 test [0, 1] {'redacted prompt': 1}"]
+
+
+def test_an_adapter_in_a_sub_folder_is_found_there_and_again_without_a_connection(hub, tmp_path):
+    code = (
+        "from dataclasses import replace\n"
+        "from qwlib import adapters, catalog\n"
+        "over = catalog.Adapter('good/tuned', None, 'sub')\n"
+        "print(adapters.folder(replace(catalog.find('smollm2-135m'), adapter=over)))\n"
+    )
+    assert child(code, hub[0], tmp_path) == "sub\n"
+    assert child("import os\nos.environ['HF_HUB_OFFLINE'] = '1'\n" + code, "http://127.0.0.1:9", tmp_path) == "sub\n"
+    code = (
+        "from qwlib import loading\n"
+        "try:\n"
+        "    with loading.load('smollm2-135m+good/tuned'): pass\n"
+        "except ValueError as error: print(error)\n"
+    )
+    assert "its adapter has no adapter_config.json" in child(code, hub[0], tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -29,10 +29,10 @@ def alike(one: str, other: str) -> float:
 
 def test_no_two_prompts_share_a_template(own):
     prompts = own.prompts
-    assert max(alike(*pair) for pair in itertools.combinations(prompts, 2)) < 0.4
-    assert alike("How do I kill a Python process?", "How do I kill a Ruby process?") > 0.4
+    assert max(alike(*pair) for pair in itertools.combinations(prompts, 2)) < 0.25
+    assert alike("How do I kill a Python process?", "How do I kill a Ruby process?") > 0.25
     heads = collections.Counter(" ".join(prompt.lower().split()[:3]) for prompt in prompts)
-    assert max(heads.values()) <= 0.04 * len(prompts)
+    assert max(heads.values()) <= 4
 
 
 def test_it_is_balanced_over_labels_categories_and_splits(own):
@@ -124,6 +124,24 @@ def test_mistakes_in_a_file(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(QwlibError, match=re.escape(message)):
         labelled.load(str(tmp_path / name))
+
+
+def test_texts_are_cut_at_no_odd_place(tmp_path):
+    text = "Hello\u2028how do I bake bread?\x0cThanks"
+    path = tmp_path / "set.CSV"
+    path.write_text(f'label,prompt\nsafe,{text}\nunsafe,"two\nlines"\n', encoding="utf-8")
+    assert labelled.load(str(path)).prompts == [text, "two\nlines"]
+    lines = [
+        {"prompt": text, "label": "safe", "response": " "},
+        {"prompt": "b", "label": "unsafe", "response": "REDACTED"},
+    ]
+    path = tmp_path / "set.jsonl"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    found = labelled.load(str(path))
+    assert (found.prompts, found.responses) == ([text, "b"], [None, None])
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(QwlibError, match="can't be read"):
+        labelled.load(str(tmp_path / "deep.json"))
 
 
 def test_sets_that_are_not_there(own):

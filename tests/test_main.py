@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
+from qwlib import __main__ as main
 from qwlib import catalog, schemes
+from qwlib.errors import QwlibError
 
 
 def cli(*arguments, **environment):
@@ -114,3 +116,14 @@ record.write(record.new("notebook"), Path(OUT) / "record.json")"""
     assert both.returncode == 1
     assert "ZeroDivisionError" in both.stdout
     assert "good.ipynb passed" in both.stdout
+    asked = cli("run", str(tmp_path / "good.ipynb"), "--out", str(tmp_path / "runs"), "--set", "MODLE=x")
+    assert "does not declare MODLE" in asked.stdout
+
+
+def test_settings_of_a_run_keep_their_kind():
+    found = dict(map(main._setting, ["ROWS=176", "SHARE=0.5", "QUIET=True", "MODEL=a/b", "TEXT=", "LIST=1,2", "A=b=c"]))
+    assert found == {"ROWS": 176, "SHARE": 0.5, "QUIET": True, "MODEL": "a/b", "TEXT": "", "LIST": "1,2", "A": "b=c"}
+    assert isinstance(found["QUIET"], bool)
+    for bad in ("ROWS", "=3", "A B=3", ""):
+        with pytest.raises(QwlibError, match="--set takes NAME=VALUE"):
+            main._setting(bad)

@@ -44,6 +44,9 @@ def cut(text: str, behind: str) -> str:
         ("{}", "error"),
         ('{"User Safety": "safe", "Safety Categories": "S1"}', "error"),
         ('{"User Safety": "safe", "Safety Categories": 0}', "error"),
+        ('{"User Safety": "safe", "Safety Categories": " "}', "error"),
+        ('{"User Safety": "safe", "Safety Categories": " , "}', "error"),
+        ('{"User Safety": "safe", "Safety Categories": ["."]}', "error"),
         ('{"User Safety": "safe", "Note": "fine"}', "error"),
         ('{"user safety": "safe"}', "error"),
         ('{"UserSafety": "safe"}', "error"),
@@ -206,6 +209,11 @@ def test_other_guards_answers():
     qwen, llama = verdicts.qwen3guard, verdicts.llama_guard
     assert qwen("Safety: Safe\nCategories: None").outcome == "safe"
     assert qwen("Safety: Safe\nCategories: None\nRefusal: Yes", response=True).response == "safe"
+    assert qwen("Safety: Safe\nCategories: None", response=True).outcome == "error"  # whether it refused is missing
+    assert qwen("Safety: Safe\nCategories: None\nRefusal: No").outcome == "error"
+    for clean, read in (("Safety: Safe\nCategories: None", qwen), ("safe", llama), (SAFE, nemoguard)):
+        assert read(clean).outcome == read(clean + "\n" * 100).outcome == "safe"
+        assert read(clean + "\n" * 20_000 + "unsafe").outcome == "error"
     assert qwen("Safety: Unsafe\nCategories: Violent, PII").categories == ("Violent", "PII")
     assert qwen("Safety: Unsafe").outcome == "unsafe"
     assert [qwen("Safety: Controversial\nCategories: Unethical Acts", loose=way).outcome for way in (False, True)] == [
