@@ -7,6 +7,7 @@ to weights that are 4-bit already most of it would be rounded away. Which of the
 What it leaves out: training, and several adapters at once.
 """
 
+import json
 import warnings
 from pathlib import Path
 
@@ -78,9 +79,9 @@ def merge(model: str, out: Path | None = None) -> Path:
     row = catalog.find(model)
     if not row.adapter:
         raise QwlibError(f"{row.name} has no adapter to merge: name it as model+adapter")
+    with hub.explained(row):
+        facts = artefacts.source(row)
     if out is None:
-        with hub.explained(row):
-            facts = {"base": artefacts.source(row), "adapter": _version(row)}
         place = files.cache_dir() / "merged" / f"{Path(row.name).name}-{files.sha256_text(repr(facts))[:16]}"
         if place.is_dir():
             return place
@@ -93,6 +94,7 @@ def merge(model: str, out: Path | None = None) -> Path:
         with files.new_folder(place) as made, quiet():
             merged.save_pretrained(made)
             lm.tokenizer.save_pretrained(made)
+            (made / artefacts.MERGED).write_text(json.dumps(facts), encoding="utf-8")
         del merged
     return place
 
@@ -107,7 +109,8 @@ def merge_then_quantize(model: str, scheme: str, out: Path | None = None) -> Pat
     return quantizing.quantize(str(merge(model)), scheme, out)
 
 
-def _version(row: catalog.Model) -> str:
+def version(row: catalog.Model) -> str:
+    """The adapter of `row`: a hash of its files, or repository and revision."""
     place, there = folder(row), Path(row.adapter.source)
     if there.is_dir():
         held = sorted((there / (place or "")).glob("adapter*"))

@@ -18,6 +18,7 @@ from . import catalog, embedded, files, hub, record, schemes
 from .errors import QwlibError
 
 MANIFEST = "qwlib.json"
+MERGED = "merged.json"  # in a checkpoint with an adapter in its weights: what it was made from
 SCHEMA = 1
 
 
@@ -126,19 +127,27 @@ def verify(folder: Path) -> dict | None:
 
 
 def source(row: catalog.Model) -> dict[str, str]:
-    """What a model, its adapter aside, is made from: its name, and the revision of its repository or a hash of its files."""
-    row = catalog.base(row)
+    """What a model is made from: its name, the revision of its repository or a hash of its files, and its adapter's.
+
+    A folder that `adapters.merge` wrote is made from what was merged.
+    """
+    if row.adapter:
+        from . import adapters
+
+        return source(catalog.base(row)) | {"name": row.name, "adapter": adapters.version(row)}
     if row.source is None:
         return {"name": row.name, "sha256": embedded.sha256(row.name)}
     folder = Path(row.source)
     if folder.is_dir():
-        hashes = "".join(f"{name} {files.sha256(folder / name)}\n" for name in parts(folder))
-        return {"name": folder.name, "sha256": files.sha256_text(hashes)}
+        digest = files.sha256_text("".join(f"{name} {files.sha256(folder / name)}\n" for name in parts(folder)))
+        if (folder / MERGED).is_file():
+            return json.loads((folder / MERGED).read_text(encoding="utf-8")) | {"files": digest}
+        return {"name": folder.name, "sha256": digest}
     revision = row.revision or Path(hub.fetch(row)).name  # the Hub's cache names its folders by commit
     return {"name": row.name, "repository": row.source, "revision": revision}
 
 
 def same(one: dict, other: dict) -> bool:
     """Whether two sources are one model; a folder may have been renamed."""
-    keys = ("sha256", "repository", "revision")
+    keys = ("sha256", "repository", "revision", "adapter")
     return [one.get(key) for key in keys] == [other.get(key) for key in keys]

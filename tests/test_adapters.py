@@ -67,7 +67,10 @@ def test_merged_is_what_it_is_over_the_model(made, tmp_path, monkeypatch):
         rounded = divergence(lm.logits(IDS), made[1])
     assert rounded < 0.05 < without
     artefact = adapters.merge_then_quantize(name, "nf4")
-    assert artefacts.read(artefact)["source"]["name"] == merged.name
+    made_from = artefacts.read(artefact)["source"]
+    assert made_from["name"] == f"smollm2-135m+{made[0].name}"
+    assert artefacts.same(made_from, artefacts.source(catalog.find(name)))  # so `bench` takes it as a row of this model
+    assert not artefacts.same(made_from, artefacts.source(catalog.find("smollm2-135m")))
     found = {}
     for row in (name, str(artefact)):
         with qwlib.load(row, "nf4") as lm:

@@ -96,7 +96,8 @@ def copy_texts(source: str, out: Path) -> None:
     for path in Path(source).iterdir():
         if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"):
             shutil.copy(path, out / path.name)
-    (out / "qwlib.json").unlink(missing_ok=True)  # of another model
+    for name in ("qwlib.json", "merged.json"):  # of another folder
+        (out / name).unlink(missing_ok=True)
 
 
 def call(module: str, options: list[str]) -> None:
