@@ -6,14 +6,13 @@ shape be built, without a download. A Hub id or a local folder works wherever a 
 Revisions are commit hashes of the Hub repository where one could be known; `None` says "unpinned: the Hub's main branch".
 """
 
-import difflib
 import json
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 from . import hub
-from .errors import QwlibError
+from .errors import QwlibError, unknown
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,7 @@ def find(model: str) -> Model:
         return Model(name, name, what="a Hub repository")
     if "/" in name:
         raise QwlibError(f"no such folder: {name}; name a folder with a config.json, a Hub id, or a catalog model")
-    near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
-    raise QwlibError(f"unknown model {name!r}: did you mean {', '.join(near)}? `python -m qwlib models` lists all")
+    raise unknown("model", name, MODELS, " `python -m qwlib models` lists all")
 
 
 def base(row: Model) -> Model:

@@ -15,7 +15,6 @@ NemoGuard's prompt is data/nemoguard_prompt.txt, byte for byte that of examples/
 NeMo Guardrails, the literal `response: agent:` included. The others' prompts are their chat templates.
 """
 
-import difflib
 import functools
 import math
 import re
@@ -27,7 +26,7 @@ from importlib import resources
 
 from . import lm as lms
 from . import verdicts
-from .errors import QwlibError
+from .errors import QwlibError, unknown
 from .verdicts import TAXONOMY
 
 
@@ -93,6 +92,7 @@ class Guard:
     safe: tuple[str, ...]
     unsafe: tuple[str, ...]
     between: str | None = None
+    lists_categories: bool = False  # in its prompt, so that others can be given
     options: dict = field(default_factory=dict)  # of the chat template
     published: dict = field(
         default_factory=dict
@@ -106,6 +106,7 @@ _NEMO = dict(
     between='", "Response Safety": "',
     safe=("safe",),
     unsafe=("unsafe",),
+    lists_categories=True,
     options={"date_string": "26 Jul 2024"},  # Llama 3.1's template prints a date: this is its own default
 )
 _QWEN = dict(messages=_turns, begin="Safety:")
@@ -166,8 +167,7 @@ def find(name: str) -> Guard:
         return name
     if name in GUARDS:
         return GUARDS[name]
-    near = difflib.get_close_matches(str(name), GUARDS, n=3) or list(GUARDS)
-    raise QwlibError(f"unknown guard {name!r}: did you mean {', '.join(near)}?")
+    raise unknown("guard", name, GUARDS)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Judge:
 
     def __init__(self, lm, row: str = "nemoguard-8b", *, taxonomy: dict[str, str] = TAXONOMY):
         self.lm, self.row, self.taxonomy = lm, find(row), taxonomy
-        if taxonomy is not TAXONOMY and self.row.messages is not _nemoguard:
+        if taxonomy is not TAXONOMY and not self.row.lists_categories:
             raise QwlibError(f"{self.row.name} has categories of its own: leave out the taxonomy")
         self._special = sorted({*lm.tokenizer.all_special_tokens, *lm.tokenizer.get_added_vocab()}, key=len)[::-1]
         self._special = [token for token in self._special if len(token.strip()) > 1]
@@ -315,7 +315,7 @@ class Judge:
 
     def parse(self, text: str, response: bool = False) -> verdicts.Verdict:
         """How this guard's answer reads."""
-        own = {"taxonomy": self.taxonomy} if self.row.parse is verdicts.nemoguard else {}
+        own = {"taxonomy": self.taxonomy} if self.row.lists_categories else {}
         return self.row.parse(text, response=response, **own)
 
     def _ids(self, text: str, whole: bool = False) -> list[int]:

@@ -17,10 +17,9 @@ What "4-bit model" leaves out: by default the embedding and the head stay 16-bit
 them too; llama.cpp and ONNX Runtime always do.
 """
 
-import difflib
 from dataclasses import dataclass, replace
 
-from .errors import QwlibError
+from .errors import QwlibError, unknown
 
 BLOCK = 64  # weights a scale; bitsandbytes' default and the only size that its modules take
 NESTED_BLOCK = 256  # scales a second-level scale
@@ -173,8 +172,7 @@ def find(name: str) -> Scheme:
         return name
     if name in SCHEMES:
         return SCHEMES[name]
-    near = difflib.get_close_matches(str(name), SCHEMES, n=3) or list(SCHEMES)
-    raise QwlibError(f"unknown scheme {name!r}: did you mean {', '.join(near)}? `python -m qwlib schemes` lists all")
+    raise unknown("scheme", name, SCHEMES, " `python -m qwlib schemes` lists all")
 
 
 def plan(model, scheme: Scheme) -> dict[str, str]:
