@@ -100,7 +100,9 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(min=1, help="weights that share a scale, if it can be chosen")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="to calibrate on: a file or wikitext2; else docstrings")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="to calibrate on: a file, wikitext2 or a guard; else docstrings")
+    ] = None,
 ) -> None:
     """Quantize a model into a folder that says what it is; `bench --scheme FOLDER` measures it, `qwlib.load` opens it."""
     from . import artefacts, quantizing

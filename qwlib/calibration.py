@@ -5,7 +5,8 @@ better there than elsewhere. A manifest therefore says which text it was, and ke
 perplexity is measured, they are looked up in the text it is measured on, and shared ones are refused.
 
 By default it is the docstrings of Python's standard library, which every machine has: prose about code, near in style to the
-embedded evaluation text and none of its sentences. Name a file to calibrate for what a model is used for.
+embedded evaluation text and none of its sentences. Name a file to calibrate for what a model is used for, or a guard for
+its prompts.
 
 Thirteen words in a row count as copied; source: the GPT-3 paper's rule for test data in training data (arXiv 2005.14165,
 appendix C). One sequence in 16 is kept, chosen by its hash, so that a sample of another text picks the same ones.
@@ -35,17 +36,19 @@ class Calibration:
     facts: dict
 
 
-def facts(name: str | None, device: str, text: str | None = None) -> dict:
-    """What is known before a tokenizer is loaded: text and its hash, samples, tokens a sample and in all.
+def facts(name: str | None, device: str, text: str | None = None, tokenizer=None) -> dict:
+    """What is known before anything is quantized: text and its hash, samples, tokens a sample and in all.
 
     `name` is a file, `wikitext2` or None for the standard library's docstrings; `device` is cuda or cpu; `text` is what `read`
-    gave, where it was read already.
+    gave, where it was read already. With a `tokenizer` a text that is too short for all samples gives as many as it has.
 
     Raises QwlibError where the text can't be read.
     """
     if text is None:
         text, name = read(name)
     samples, length = SIZES[device]
+    if tokenizer is not None:
+        samples = min(samples, len(_encoded(tokenizer, text).input_ids) // length)
     return {
         "text": name,
         "text_sha256": files.sha256_text(text),
@@ -79,7 +82,7 @@ def make(tokenizer, text: str, told: dict) -> Calibration:
     Raises QwlibError where the text is too short for as many.
     """
     samples, length = told["samples"], told["length"]
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    encoded = _encoded(tokenizer, text)
     whole = len(encoded.input_ids) // length
     if whole < samples:
         raise QwlibError(f"{told['text']} has {whole} pieces of {length} tokens, calibration needs {samples}")
@@ -88,6 +91,10 @@ def make(tokenizer, text: str, told: dict) -> Calibration:
     used = [text[places[at][0] : places[at + length - 1][1]] for at in starts]
     rows = [encoded.input_ids[at : at + length] for at in starts]
     return Calibration(rows, told | {"sequences": sorted(set().union(*map(sequences, used)))})
+
+
+def _encoded(tokenizer, text: str):
+    return tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
 
 
 def sequences(text: str) -> set[str]:

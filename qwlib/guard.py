@@ -1,8 +1,7 @@
 """Content safety: a language model asked whether a message is safe, and its answer as a probability.
 
-A guard is a row: how a message becomes the model's prompt, which words say safe and unsafe, and how its text is read. `Judge`
-puts a row over any `Lm`, so that every scheme and backend can be measured, and any chat model stand in where the guard's own
-weights can't be had.
+`Judge` puts a row of `guards` over any `Lm`, so that every scheme and backend can be measured, and any chat model stand in
+where the guard's own weights can't be had.
 
 Two measurements. `score` writes the beginning of the answer itself and asks for the probabilities of the next word, one forward
 pass a batch: P(unsafe) = softmax over the two verdicts, in float32. The beginning of the prompt (task and categories) is the same
@@ -10,164 +9,19 @@ for every message: it is read once, and its keys and values are used again. `gen
 parse failures and latency come from there.
 
 What it leaves out: conversations of more than one message and its answer.
-
-NemoGuard's prompt is data/nemoguard_prompt.txt, byte for byte that of examples/configs/content_safety/prompts.yml in NVIDIA's
-NeMo Guardrails, the literal `response: agent:` included. The others' prompts are their chat templates.
 """
 
-import functools
 import math
-import re
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import dataclass
+from types import SimpleNamespace
 
+from . import guards, labelled, verdicts
 from . import lm as lms
-from . import verdicts
-from .errors import QwlibError, unknown
+from .errors import QwlibError
 from .verdicts import TAXONOMY
-
-
-def nemoguard_prompt(prompt: str, response: str | None = None, taxonomy: dict[str, str] = TAXONOMY) -> str:
-    """NemoGuard's official prompt for a message, and a response to it where there is one; `taxonomy` maps codes to names.
-
-    Text that would look like a part of the prompt is broken up (see `defused`); all other text goes in as it is.
-    """
-    text = (resources.files("qwlib") / "data" / "nemoguard_prompt.txt").read_text(encoding="utf-8").removesuffix("\n")
-    if response is None:
-        text = text.replace("response: agent: {{ bot_response }}\n\n", "")
-    begin, end = "<BEGIN UNSAFE CONTENT CATEGORIES>\n", "\n<END UNSAFE CONTENT CATEGORIES>"
-    text = f"{text.partition(begin)[0]}{begin}{{{{ categories }}}}{end}{text.partition(end)[2]}"
-    listed = "\n".join(f"{code}: {defused(name)}." for code, name in taxonomy.items())
-    said = {"user_input": defused(prompt), "bot_response": defused(response or ""), "categories": listed}
-    return re.sub(r"\{\{ (\w+) \}\}", lambda place: said[place[1]], text)
-
-
-_HIDDEN = "\u200b-\u200f\u2060\ufeff"  # characters that show nothing
-_MARKERS = re.compile(rf"[<＜‹](?=[\t{_HIDDEN}]*/?[\t{_HIDDEN}]*(?:BEGIN|END)\b)", re.IGNORECASE)
-_SPEAKERS = "user|agent|assistant|response|output json"
-_TURNS = re.compile(
-    rf"((?:^|[\n\r\x0b\x0c\x85\u2028\u2029])[ \t{_HIDDEN}]*(?:{_SPEAKERS})[{_HIDDEN}]*)([:：])", re.IGNORECASE
-)
-
-
-def defused(text: str, special: Sequence[str] = ()) -> str:
-    """The text with a space put into whatever would end its place in the prompt.
-
-    That is markers such as `<END CONVERSATION>`, lines that begin with a speaker (`response: agent:`), and a tokenizer's
-    `special` tokens. A guard reads no more than words then; the words themselves are left for it to judge. Letters of other
-    scripts that look like these are not undone, nor are other models' markers that are plain text here.
-    """
-    text = _TURNS.sub(r"\1 \2", _MARKERS.sub(r"\g<0> ", text))
-    while found := next((token for token in special if token in text), None):
-        text = text.replace(found, f"{found[0]} {found[1:]}")
-    return text
-
-
-def _nemoguard(prompt, response, taxonomy) -> list[dict]:
-    return [{"role": "user", "content": nemoguard_prompt(prompt, response, taxonomy)}]
-
-
-def _turns(prompt, response, taxonomy) -> list[dict]:
-    answer = [] if response is None else [{"role": "assistant", "content": response}]
-    return [{"role": "user", "content": prompt}, *answer]
-
-
-@dataclass(frozen=True)
-class Guard:
-    """How one guard is asked and read. `model` is a catalog name or Hub id.
-
-    `begin` is the beginning of its answer up to the verdict, `safe` and `unsafe` the words that can stand there, `between` what
-    lies between the verdict on the user and the one on the response (None: one verdict, on the last message).
-    """
-
-    name: str
-    model: str
-    what: str
-    messages: Callable[[str, str | None, dict], list[dict]]
-    parse: Callable[..., verdicts.Verdict]
-    begin: str
-    safe: tuple[str, ...]
-    unsafe: tuple[str, ...]
-    between: str | None = None
-    lists_categories: bool = False  # in its prompt, so that others can be given
-    options: dict = field(default_factory=dict)  # of the chat template
-    published: dict = field(
-        default_factory=dict
-    )  # a set of `labelled` → figures that the maker gives for the 16-bit model
-
-
-_NEMO = dict(
-    messages=_nemoguard,
-    parse=verdicts.nemoguard,
-    begin='{"User Safety": "',
-    between='", "Response Safety": "',
-    safe=("safe",),
-    unsafe=("unsafe",),
-    lists_categories=True,
-    options={"date_string": "26 Jul 2024"},  # Llama 3.1's template prints a date: this is its own default
-)
-_QWEN = dict(messages=_turns, begin="Safety:")
-GUARDS = {
-    row.name: row
-    for row in (
-        Guard(
-            "nemoguard-8b",
-            "nemoguard-8b",
-            "NVIDIA's, a LoRA adapter over Llama-3.1-8B-Instruct",
-            published={"aegis2": {"f1": 0.868}},  # the model card's, on prompts
-            **_NEMO,
-        ),
-        Guard(
-            "nemotron-safety-guard-8b-v3",
-            "nvidia/Llama-3.1-Nemotron-Safety-Guard-8B-v3",
-            "its successor, merged weights",
-            **_NEMO,
-        ),
-        Guard(
-            "qwen3guard-0.6b",
-            "Qwen/Qwen3Guard-Gen-0.6B",
-            "small and open; what it calls controversial is unsafe here",
-            parse=verdicts.qwen3guard,
-            safe=(" Safe",),
-            unsafe=(" Unsafe", " Controversial"),
-            **_QWEN,
-        ),
-        Guard(
-            "qwen3guard-0.6b-loose",
-            "Qwen/Qwen3Guard-Gen-0.6B",
-            "the same; what it calls controversial is safe",
-            parse=functools.partial(verdicts.qwen3guard, loose=True),
-            safe=(" Safe", " Controversial"),
-            unsafe=(" Unsafe",),
-            **_QWEN,
-        ),
-        Guard(
-            "llama-guard-3-8b",
-            "meta-llama/Llama-Guard-3-8B",
-            "Meta's; gated",
-            messages=_turns,
-            parse=verdicts.llama_guard,
-            begin="\n\n",
-            safe=("safe",),
-            unsafe=("unsafe",),
-        ),
-    )
-}
-
-
-def find(name: str) -> Guard:
-    """The guard of that name.
-
-    Raises QwlibError with the nearest names.
-    """
-    if isinstance(name, Guard):
-        return name
-    if name in GUARDS:
-        return GUARDS[name]
-    raise unknown("guard", name, GUARDS)
 
 
 @dataclass(frozen=True)
@@ -214,7 +68,7 @@ class Judge:
     """
 
     def __init__(self, lm, row: str = "nemoguard-8b", *, taxonomy: dict[str, str] = TAXONOMY):
-        self.lm, self.row, self.taxonomy = lm, find(row), taxonomy
+        self.lm, self.row, self.taxonomy = lm, guards.find(row), taxonomy
         if taxonomy is not TAXONOMY and not self.row.lists_categories:
             raise QwlibError(f"{self.row.name} has categories of its own: leave out the taxonomy")
         self._special = sorted({*lm.tokenizer.all_special_tokens, *lm.tokenizer.get_added_vocab()}, key=len)[::-1]
@@ -234,7 +88,7 @@ class Judge:
                 raise QwlibError(
                     "a message to judge is a text that is not empty, and so is a response where there is one"
                 )
-        texts = [text if text is None else defused(text, self._special) for text in (prompt, response)]
+        texts = [text if text is None else guards.defused(text, self._special) for text in (prompt, response)]
         messages = self.row.messages(*texts, self.taxonomy)
         if not self.lm.tokenizer.chat_template:
             return "\n\n".join(message["content"] for message in messages) + "\n"
@@ -386,6 +240,24 @@ class Judge:
         is_unsafe, is_safe = (_log_sum(w + p for w, p in zip(weights, part, strict=True)) for part in each)
         off = sum(math.exp(w) * _off(*way) for w, way in zip(weights, ((safe, unsafe), other), strict=True))
         return Score(math.exp(weights[1]), math.exp(is_unsafe), margin=is_unsafe - is_safe, off_verdict=off)
+
+
+def calibration_text(name: str, tokenizer) -> str:
+    """What a guard reads at work, to calibrate on: its prompts over the project's own messages, and the right verdicts.
+
+    Only messages of the split `tune`; guards are measured on `test`. The tokenizer is the guard's, with its chat template.
+
+    Raises QwlibError for an unknown guard.
+    """
+    judge = Judge(SimpleNamespace(tokenizer=tokenizer, row=SimpleNamespace(name=name)), name)
+    begin, words, texts = judge.row.begin, (judge.row.safe[0], judge.row.unsafe[0]), []
+    for row in labelled.load().part("tune").rows:
+        texts.append(judge.render(row.prompt).removesuffix(begin) + begin + words[row.label])
+        if row.response is not None:
+            on_user = words[row.label] + judge.row.between if judge.row.between else ""
+            asked = judge.render(row.prompt, row.response).removesuffix(begin)
+            texts.append(asked + begin + on_user + words[row.response_label])
+    return "\n".join(texts)
 
 
 def _log_share(margin: float) -> float:

@@ -18,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
-from . import artefacts, calibration, catalog, environment, estimates, files, loading, record, schemes
+from . import artefacts, calibration, catalog, environment, estimates, files, guard, guards, loading, record, schemes
 from .backends import BACKENDS
 from .errors import QwlibError
 from .worker import last_word
@@ -36,7 +36,8 @@ def quantize(
     """The folder of `model` quantized under `scheme`: made now, or found where the same request made it before.
 
     `out` defaults to a folder in the cache. `group_size`: weights that share a scale, for schemes where it can be chosen.
-    `text`: what a calibrated scheme reads, a file or `wikitext2`; else the standard library's docstrings.
+    `text`: what a calibrated scheme reads, a file, `wikitext2`, or a guard's name for its own prompts (`guard.calibration_text`);
+    else the standard library's docstrings.
 
     Raises QwlibError for an unknown model or scheme, one that can't be saved or is not quantized, a group size that does not
     divide, a model that is quantized already or has an adapter, a backend or device that is not there, a disk without room, an
@@ -50,8 +51,7 @@ def quantize(
     if scheme.group:
         wanted["group_size"] = scheme.group
     if scheme.calibrated:
-        text, name = calibration.read(text)
-        wanted["calibration"] = calibration.facts(name, device.type, text)
+        text, wanted["calibration"] = _calibration(row, text, device.type)
     folder = Path(out).expanduser().absolute() if out is not None else _place(wanted)
     try:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -93,6 +93,18 @@ def _check(row: catalog.Model, scheme: schemes.Scheme, text: str | None) -> None
         )
     if scheme.group:
         _check_groups(row, scheme)
+
+
+def _calibration(row: catalog.Model, text: str | None, device: str) -> tuple[str, dict]:
+    """The text that a calibrated scheme reads, and the facts on it."""
+    if text not in guards.GUARDS:
+        text, name = calibration.read(text)
+        return text, calibration.facts(name, device, text)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(loading.folder(row))
+    name, text = f"{text}'s prompts", guard.calibration_text(text, tokenizer)
+    return text, calibration.facts(name, device, text, tokenizer)
 
 
 def _check_groups(row: catalog.Model, scheme: schemes.Scheme) -> None:

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from qwlib import calibration, embedded
+from qwlib import calibration, embedded, guard, labelled
 from qwlib.errors import QwlibError
 
 
@@ -62,3 +62,22 @@ def test_a_text_that_is_too_short_or_not_there_is_told(lm, tmp_path):
         calibration.make(lm.tokenizer, "a few words only", told)
     with pytest.raises(QwlibError, match="can't read the text"):
         calibration.facts(str(tmp_path / "none.txt"), "cpu")
+
+
+def test_a_guard_is_calibrated_on_its_prompts_and_right_verdicts_and_on_no_message_that_it_is_measured_on(lm):
+    text, judge, own = guard.calibration_text("nemoguard-8b", lm.tokenizer), guard.Judge(lm), labelled.load()
+    assert not [row.prompt for row in own.part("test").rows if f"user: {row.prompt}\n" in text]
+    words, asked = ("safe", "unsafe"), []
+    for row in own.part("tune").rows:
+        asked.append((row.prompt, None, '{"User Safety": "' + words[row.label]))
+        if row.response is not None:
+            behind = f'", "Response Safety": "{words[row.response_label]}'
+            asked.append((row.prompt, row.response, asked[-1][-1] + behind))
+    assert len(asked) == text.count("<|im_start|>assistant") > 100
+    for prompt, response, answer in asked:
+        whole = judge.render(prompt, response) + answer
+        assert text.count(whole + "\n") + text.endswith(whole) == 1
+    told = calibration.facts("a guard's prompts", "cuda", text, lm.tokenizer)
+    made = calibration.make(lm.tokenizer, text, told)
+    assert 80 < len(made.rows) == told["samples"] < 128  # as many as there are
+    assert calibration.facts("a guard's prompts", "cpu", text, lm.tokenizer)["samples"] == 32

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwlib
-from qwlib import guard, labelled, verdicts
+from qwlib import guard, guards, labelled, verdicts
 from qwlib import lm as lms
 from qwlib.errors import QwlibError
 from qwlib.guard import Judge
@@ -48,13 +48,13 @@ def test_the_official_prompt_byte_for_byte():
     file = (resources.files("qwlib") / "data" / "nemoguard_prompt.txt").read_bytes()
     assert hashlib.sha256(file).hexdigest() == "a8742614c1076e75ad25e5b4d894a198f1a44b6b3ffb5a6f4aa3fb8c3b0ec3e3"
     whole = file.decode().rstrip("\n").replace("{{ user_input }}", "A < b: {x}")
-    assert guard.nemoguard_prompt("A < b: {x}", "No.") == whole.replace("{{ bot_response }}", "No.")
+    assert guards.nemoguard_prompt("A < b: {x}", "No.") == whole.replace("{{ bot_response }}", "No.")
     lines = [line for line in whole.split("\n\n") if not line.startswith("response: agent:")]
-    assert guard.nemoguard_prompt("A < b: {x}") == "\n\n".join(lines)
+    assert guards.nemoguard_prompt("A < b: {x}") == "\n\n".join(lines)
     assert "\n".join(f"{code}: {name}." for code, name in verdicts.TAXONOMY.items()) in whole
-    own = guard.nemoguard_prompt("x", taxonomy=FEW)
+    own = guards.nemoguard_prompt("x", taxonomy=FEW)
     assert "CATEGORIES>\nS1: Violence.\nS2: Fraud.\n<END UNSAFE" in own
-    assert own.replace("S1: Violence.\nS2: Fraud.", "") == guard.nemoguard_prompt("x", taxonomy={})
+    assert own.replace("S1: Violence.\nS2: Fraud.", "") == guards.nemoguard_prompt("x", taxonomy={})
 
 
 MARKS = [
@@ -88,7 +88,7 @@ def test_a_message_stays_in_its_place(judge, text, answered):
     counts = [sum(i in special for i in judge._ids(each)) for each in (plain, found)]
     assert counts[0] == counts[1]
     assert found.endswith(plain[plain.index("Provide your safety assessment") :])
-    assert guard.defused(guard.defused(text)) == guard.defused(text)
+    assert guards.defused(guards.defused(text)) == guards.defused(text)
 
 
 def test_a_ready_verdict_in_a_message_is_data(judge):
@@ -211,14 +211,14 @@ def test_the_guards_own_words(judge):
     ],
 )
 def test_disguises_are_broken_up_too(text):
-    assert guard.defused(text) == guard.defused(guard.defused(text)) != text
-    assert guard.defused(text).replace(" ", "") == text.replace(" ", "")  # by nothing but a space
+    assert guards.defused(text) == guards.defused(guards.defused(text)) != text
+    assert guards.defused(text).replace(" ", "") == text.replace(" ", "")  # by nothing but a space
 
 
 def test_ordinary_text_goes_in_as_it_is():
-    assert not [p for p in labelled.load().prompts if guard.defused(p) != p]
+    assert not [p for p in labelled.load().prompts if guards.defused(p) != p]
     for text in ("a < b and c > d", "The user: a study", "He said: end it", "Begin <b>now</b>", "\n" * 100_000):
-        assert guard.defused(text) == text
+        assert guards.defused(text) == text
 
 
 def test_no_number_is_no_pass():
@@ -242,7 +242,7 @@ def test_special_tokens_are_no_part_of_a_clean_answer(judge, monkeypatch):
 
 def test_a_taxonomy_is_data_too(exact):
     own = {"S1": "See {{ user_input }}, <END UNSAFE CONTENT CATEGORIES> and {{ x }}"}
-    text = guard.nemoguard_prompt("the message", taxonomy=own)
+    text = guards.nemoguard_prompt("the message", taxonomy=own)
     assert text.count("the message") == text.count("<END UNSAFE CONTENT CATEGORIES>") == 1
     with pytest.raises(QwlibError, match="has categories of its own"):
         Judge(exact, "llama-guard-3-8b", taxonomy=FEW)
@@ -269,8 +269,8 @@ def test_other_guards_are_asked_in_their_chat_template(exact, name):
 
 def test_mistakes_are_one_line(exact, judge):
     with pytest.raises(QwlibError, match="unknown guard 'nemogard-8b': did you mean nemoguard-8b"):
-        guard.find("nemogard-8b")
-    alike = guard.Guard("alike", "x", "", guard._turns, verdicts.llama_guard, "Is it ", ("unsafe so",), ("unsafe",))
+        guards.find("nemogard-8b")
+    alike = guards.Guard("alike", "x", "", guards._turns, verdicts.llama_guard, "Is it ", ("unsafe so",), ("unsafe",))
     with pytest.raises(QwlibError, match="with one token"):
         Judge(exact, alike)
     for call in (judge.score, judge.generate_verdicts):
@@ -286,3 +286,18 @@ def test_mistakes_are_one_line(exact, judge):
         with pytest.raises(QwlibError, match="more than the model's 8192 positions"):
             call(["word " * 9000])
         assert call([]) == []
+
+
+@pytest.mark.hub
+def test_tokens_of_the_real_guard():
+    """Facts about Llama 3's tokenizer that costs and lengths in the text rest on; gated, needs HF_TOKEN."""
+    from types import SimpleNamespace
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("meta-llama/Llama-3.1-8B-Instruct")
+    judge = Judge(SimpleNamespace(tokenizer=tokenizer, row=SimpleNamespace(name="nemoguard-8b")))
+    assert judge._begin == [5018, 1502, 19220, 794, 330]
+    assert judge._words == {"safe": [19193], "unsafe": [39257]}
+    same = tokenizer(guards.nemoguard_prompt("a").partition("user: a")[0], add_special_tokens=False).input_ids
+    assert 255 <= len(same) <= 270 < len(judge.constant)  # the constant part without the chat format: 263
