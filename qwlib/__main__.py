@@ -132,6 +132,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     runs: Annotated[int, typer.Option(min=1)] = 3,
+    engine: Annotated[str | None, typer.Option(help="eager, graph or compiled; else a graph where it can be")] = None,
     quality: Annotated[bool, typer.Option(help="measure perplexity and divergence from 16-bit too")] = False,
     protocol: Annotated[str, typer.Option(help="gptq-2048, hf-sliding, llamacpp-512, or other lengths")] = "gptq-512",
     blocks: Annotated[int, typer.Option(min=1, help="windows of the text that are read")] = 16,
@@ -150,6 +151,7 @@ def bench(
     if quality and weights == "random":
         raise QwlibError("random weights have no quality: leave out --quality or take trained weights")
     job = {"weights": weights, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
+    job["engine"] = engine
     if quality:
         job["quality"] = {"protocol": protocol, "blocks": blocks, "text": text}
     records = []

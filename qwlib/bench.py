@@ -128,4 +128,5 @@ def _stem(job: dict) -> str:
     if Path(job["model"]).exists():  # two folders of one name keep two records
         model = f"{Path(job['model']).name}-{files.sha256_text(str(Path(job['model']).resolve()))[:8]}"
     shape = f"{job['batch']}x{job['prompt_tokens']}+{job['new_tokens']}"
-    return f"{model}-{job['weights']}-{job['scheme']}-{shape}".strip("-.")
+    parts = (model, job["weights"], job["scheme"], shape, job["engine"])
+    return "-".join(part for part in parts if part).strip("-.")

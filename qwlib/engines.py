@@ -18,6 +18,10 @@ from . import memory
 from .errors import QwlibError
 
 
+class NoGraph(QwlibError):
+    """A decoder can't do this model's steps; nothing was handed over yet."""
+
+
 @dataclass
 class Prefix:
     """Token ids that stand before every row, and their keys and values where an engine kept them."""
@@ -28,12 +32,23 @@ class Prefix:
 
 @dataclass
 class Transformers:
-    """A plain transformers model."""
+    """A plain transformers model, continued by its `generate`, or by a `decoding.Decoder` where one is set.
+
+    `must`: a decoder that fails is an error; else `generate` takes over, and `why` says so.
+    """
 
     model: Any
     device: Any
-    name: str = "transformers generate, dynamic cache"
     beside: Iterable = ()  # tensors of its state that no parameter or buffer tells of
+    decoder: Any = None
+    must: bool = False
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        if self.decoder is None:
+            return "transformers generate, dynamic cache"
+        return "compiled step, CUDA graph" if self.decoder.compiled else "CUDA graph, static cache"
 
     @property
     def vocabulary(self) -> int:
@@ -91,20 +106,42 @@ class Transformers:
         """How many positions back a layer looks: padding between a prefix and a row would take some of them away."""
         return getattr(self.model.config, "sliding_window", None) or float("inf")
 
-    def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
-        """transformers' `generate`, greedy: (batch × new) on the host."""
+    def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
+        """(batch × new) on the host, greedy unless `sampling` (`decoding.Sampling`) says otherwise.
+
+        Raises QwlibError where a decoder that must be used can't do this model's steps.
+        """
+        if self.decoder is not None:
+            settings = {"stops": self.stops, "streamer": streamer, "stop_at_eos": stop_at_eos, "sampling": sampling}
+            try:
+                return self.decoder.generate(ids, mask, new_tokens=new_tokens, **settings)
+            except NoGraph as error:
+                if self.must:
+                    raise QwlibError(f"{error}; decode with engine='eager'") from None
+                self.decoder, self.why = None, str(error)
+        return self._generate(ids, mask, new_tokens, streamer, stop_at_eos, sampling)
+
+    def _generate(self, ids, mask, new_tokens, streamer, stop_at_eos, sampling):
+        """transformers' own."""
         import torch
         from transformers import GenerationConfig
 
+        drawn = (
+            {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p} if sampling else {}
+        )
         settings = GenerationConfig(
-            do_sample=False,
+            do_sample=bool(sampling),
+            **drawn,
             max_new_tokens=new_tokens,
             min_new_tokens=None if stop_at_eos else new_tokens,
             pad_token_id=next(iter(self.stops), 0),
             eos_token_id=self.model.generation_config.eos_token_id,
         )
         ids, mask = ids.to(self.device), mask.to(self.device)
-        with torch.inference_mode():
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices, enabled=bool(sampling)):
+            if sampling:
+                torch.manual_seed(sampling.seed)
             out = self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
         return out[:, ids.shape[1] :].cpu()
 
@@ -117,7 +154,10 @@ class Transformers:
         return memory.read_bytes(self.model, self.beside)
 
     def close(self) -> None:
-        self.model, self.beside = None, ()
+        if self.decoder is not None:
+            self.decoder.close()
+        self.model = self.decoder = None
+        self.beside = ()
 
 
 @contextlib.contextmanager
@@ -196,13 +236,15 @@ class Stepwise:
             out[number, width - len(scores) :] = scores
         return out
 
-    def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
-        """As `Transformers.generate`, for one row.
+    def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
+        """As `Transformers.generate`, for one row, greedy.
 
         Raises QwlibError for more.
         """
         import torch
 
+        if sampling:
+            raise QwlibError(f"{self.name} answers greedily here: leave out sampling")
         if len(ids) > 1:
             raise QwlibError(f"{self.name} answers one request at a time here: ask for a batch of 1, not {len(ids)}")
         fresh, stops, out = ids[0][mask[0].bool()].tolist(), list(self.stops), []

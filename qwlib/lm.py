@@ -4,7 +4,7 @@
 rows; where rows differ in length the shorter ones are padded on the *left*, because new tokens must follow the last real one.
 Padding is -1 until it meets the model, so that no real token is ever mistaken for it.
 
-What it leaves out: sampling. Measurements are greedy, so that a run can be repeated.
+Measurements are greedy, so that a run can be repeated. `use` chooses what decodes: on a GPU a captured graph by itself.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import catalog, schemes, streaming
+from . import catalog, engines, schemes, streaming
 from .errors import QwlibError
 
 
@@ -64,18 +64,49 @@ class Lm:
         texts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         return self.encode(texts, special=False)
 
-    def stream(self, ids, *, new_tokens: int, on_token: Callable | None = None, stop_at_eos: bool = False):
-        """Greedy continuation of `ids` (batch × prompt, -1 pads on the left): a (batch × new) tensor on the host.
+    def use(self, engine: str | None = None) -> "Lm":
+        """Decode with `eager` (transformers' `generate`), `graph` (a captured CUDA graph a step) or `compiled` (torch.compile,
+        then the graph). None takes a graph where there can be one, and says in `engine.why` why not elsewhere.
+
+        Raises QwlibError for another name, and where the one that is asked for can't be.
+        """
+        if engine not in (None, "eager", "graph", "compiled"):
+            raise QwlibError(f"engine {engine!r}: it is eager, graph or compiled")
+        plain = isinstance(self.engine, engines.Transformers)
+        why = None if plain else f"{self.scheme.backend} decodes in a way of its own"
+        if plain:
+            from . import decoding
+
+            why = decoding.obstacle(self)
+        if why and engine in ("graph", "compiled"):
+            raise QwlibError(f"{self.row.name} in {self.scheme.name} can't decode by {engine}: {why}")
+        if not plain:
+            return self
+        if self.engine.decoder is not None:
+            self.engine.decoder.close()
+        made = None
+        if not why and engine != "eager":
+            made = decoding.Decoder(self.model, self.device, compiled=engine == "compiled")
+        self.engine.decoder, self.engine.must = made, engine is not None
+        self.engine.why = "asked for" if engine else why or "a graph where there can be one"
+        return self
+
+    def stream(
+        self, ids, *, new_tokens: int, on_token: Callable | None = None, stop_at_eos: bool = False, sampling=None
+    ):
+        """Continuation of `ids` (batch × prompt, -1 pads on the left): a (batch × new) tensor on the host.
 
         `on_token` gets each step's (batch,) tokens as they reach the host. Without `stop_at_eos` exactly `new_tokens` come.
+        Greedy, or drawn as a `decoding.Sampling` says.
         """
         streamer = streaming.token_streamer(on_token) if on_token else None
-        return self.generate(ids, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos)
+        return self.generate(ids, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos, sampling=sampling)
 
-    def generate(self, ids, *, new_tokens: int, streamer=None, stop_at_eos: bool = False):
+    def generate(self, ids, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
         """The same with any of transformers' streamers; shapes as in `stream`."""
         ids, mask = self._prepare(ids, new_tokens)
-        return self.engine.generate(ids, mask, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos)
+        settings = {"streamer": streamer, "stop_at_eos": stop_at_eos, "sampling": sampling}
+        return self.engine.generate(ids, mask, new_tokens=new_tokens, **settings)
 
     def logits(self, ids, *, last: int | None = None, after=None, precise: bool = False):
         """Scores of the next token at every position, or at the `last` ones only, which spares the head the others.

@@ -64,14 +64,21 @@ def banner() -> str:
 
 
 @contextlib.contextmanager
-def load(model: str, scheme: str | None = None, *, weights: str = "trained", device: str | None = None) -> Iterator[Lm]:
+def load(
+    model: str,
+    scheme: str | None = None,
+    *,
+    weights: str = "trained",
+    device: str | None = None,
+    engine: str | None = None,
+) -> Iterator[Lm]:
     """Load `model` (catalog name, Hub id or folder) under `scheme` and yield an `Lm`; leaving gives the memory back.
 
     Without `scheme` that is bf16, or what a quantized folder holds. The files of an artefact are checked first. Schemes of
     backends that read files of their own (GGUF, GPTQ, AWQ, ONNX, ExLlama) open folders only: `quantize` writes them.
 
     `weights="random"` builds the model's exact shape with random values and no download: true bytes and times, no quality.
-    What has to be downloaded or unpacked first is not part of `load_s`.
+    What has to be downloaded or unpacked first is not part of `load_s`. `engine` is what decodes, see `Lm.use`.
 
     Raises QwlibError in one line: unknown model or scheme, package missing, gated without a token, not enough memory.
     """
@@ -112,6 +119,7 @@ def load(model: str, scheme: str | None = None, *, weights: str = "trained", dev
     failed = True
     try:
         _fill_metered(lm, source)
+        lm.use(engine)
         yield lm
         failed = False
     finally:

@@ -1,11 +1,11 @@
 """One job, one process, one record.
 
-A job is plain JSON: `{"model", "scheme", "weights", "batch", "prompt_tokens", "new_tokens", "runs", "warmup", "batches",
-"ask", "quality": {"protocol", "blocks", "text", "keep", "reference"}}`, all but the first two optional. `batches` are more
-batch sizes to time; `ask` is a question to answer; `keep` is an empty folder for the scores of a reference, `reference` a
-folder where they were kept. `run` does a job in this process; `spawn` does it in a fresh one, in whichever environment has the
-backend, so that peaks of memory are the job's own, jobs can't disturb each other, and a crash or an out-of-memory kill becomes
-a record with its reason. Another environment or machine can run the same line:
+A job is plain JSON: `{"model", "scheme", "weights", "batch", "prompt_tokens", "new_tokens", "runs", "warmup", "batches", "ask",
+"engine", "quality": {"protocol", "blocks", "text", "keep", "reference"}}`, all but the first two optional. `batches` are more
+batch sizes to time; `ask` is a question to answer; `engine` as in `Lm.use`; `keep` is an empty folder for the scores of a
+reference, `reference` a folder where they were kept. `run` does a job in this process; `spawn` does it in a fresh one, in
+whichever environment has the backend, so that peaks of memory are the job's own, jobs can't disturb each other, and a crash or
+an out-of-memory kill becomes a record with its reason. Another environment or machine can run the same line:
 
     python -m qwlib.worker JOB.json RECORD.json
 """
@@ -44,6 +44,7 @@ DEFAULTS = {
     "warmup": 1,
     "batches": [],
     "ask": None,
+    "engine": None,
     "quality": None,
 }
 
@@ -53,7 +54,8 @@ def complete(job: dict) -> dict:
 
     Raises QwlibError for an unknown key or a value of the wrong kind.
     """
-    known = {"model": str, "scheme": str, "weights": str, "batches": list, "ask": str | None, "quality": dict | None}
+    known = {"model": str, "scheme": str, "weights": str, "batches": list, "quality": dict | None}
+    known |= {"ask": str | None, "engine": str | None}
     for key, value in job.items():
         if key not in known | DEFAULTS:
             raise QwlibError(f"unknown key {key!r} in a job: known are {', '.join(dict.fromkeys([*known, *DEFAULTS]))}")
@@ -72,7 +74,7 @@ def run(job: dict) -> dict:
         calibration.check(made["calibration"], wanted["text"])
     estimate = estimates.estimate(job["model"], job["scheme"])
     shape = {key: job[key] for key in ("batch", "prompt_tokens", "new_tokens")}
-    with loading.load(job["model"], job["scheme"], weights=job["weights"]) as lm:
+    with loading.load(job["model"], job["scheme"], weights=job["weights"], engine=job["engine"]) as lm:
         speed = timing.measure_speed(lm, **shape, runs=job["runs"], warmup=job["warmup"])
         bandwidth = timing.copy_bandwidth(lm.device)
         if "decode_tok_s" in speed:
@@ -186,6 +188,7 @@ def describe_choices(lm) -> dict:
         "device": record.device_name(lm.device),
         "device_reason": lm.device_reason,
         "threads": torch.get_num_threads(),
+        **({"engine_reason": why} if (why := getattr(lm.engine, "why", "")) else {}),
     }
 
 
