@@ -26,10 +26,13 @@ def energy_j() -> float | None:
     """
     import ctypes
 
+    import torch
+
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         device, used = ctypes.c_void_p(), ctypes.c_ulonglong()
-        failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device))
+        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}".encode()
+        failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(device))
         failed = failed or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(used))
     except (OSError, AttributeError):
         return None
@@ -41,9 +44,9 @@ def measured(lm, bandwidth: float, **shape) -> dict:
     speed = timing.measure_speed(lm, runs=3, warmup=1, **shape)
     speed["roofline_share"] = speed["decode_tok_s"] / shape["batch"] / timing.roofline(lm, bandwidth)
     began = energy_j()
-    timing.time_requests(lm, **shape, runs=2)
+    timing.time_requests(lm, **shape, runs=4)
     if began is not None:
-        speed["joules_per_token"] = (energy_j() - began) / (2 * shape["batch"] * shape["new_tokens"])
+        speed["joules_per_token"] = (energy_j() - began) / (4 * shape["batch"] * shape["new_tokens"])
     return speed
 
 
@@ -93,12 +96,14 @@ def table(found: dict) -> str:
     for row in found["rows"]:
         first = {s["name"]: s for s in row["speed"] if s.get("batch") == 1}
         best = first.get("compiled") or first.get("graph") or first.get("eager")
+        if best is None:
+            continue
         held = (row["memory"]["weights_bytes"] + row["memory"]["state_bytes"]) / 1e9
         speeds = [
             f"{first[name]['decode_tok_s']:.0f}" if name in first else "" for name in ("eager", "graph", "compiled")
         ]
         long = f"{row['long_prompt']['p50'] * 1e3:.0f}" if "long_prompt" in row else ""
-        gaps = best["itl_s"]["p99"] / best["itl_s"]["p50"]
+        gaps = best["itl_s"].get("p99", best["itl_s"]["p95"]) / best["itl_s"]["p50"]
         called = row["scheme"] if row["model"] == found["rows"][0]["model"] else f"{row['model']} {row['scheme']}"
         share, joules = f"{best['roofline_share']:.1%}", f"{best.get('joules_per_token', 0):.2f}"
         cells = [called, f"{held:.2f}", f"{row['load_s']:.1f}", long, *speeds, share, f"{gaps:.2f}", joules]

@@ -13,14 +13,15 @@ quantizer does not declare itself compilable in 5.17 or 5.23), and continuous ba
 What it leaves out: beams, and a batch whose rows join and leave.
 """
 
+import contextlib
+import threading
 import time
-from dataclasses import astuple, dataclass
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from .engines import NoGraph
-from .errors import QwlibError
+from .sampling import Choice
 
 ROUND = 256  # cache lengths are multiples: requests of like length share a graph
 
@@ -33,35 +34,18 @@ def obstacle(lm) -> str | None:
         return f"not tried with {lm.scheme.backend}"
     if any(getattr(getattr(module, "state", None), "threshold", 0) for module in lm.model.modules()):
         return "int8 layers look for outliers on the host at every step"  # Linear8bitLt with its default threshold, 6.0
+    return changing(lm.model)
+
+
+def changing(model) -> str | None:
+    """Why a model's steps do not look alike, None where nothing says so."""
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return f"transformers says that {type(model).__name__} can't be compiled as a whole"
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # one for all layers, or one for each kind of them
+        if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
+            return f"its positions ({part['rope_type']}) change with the length of a request"
     return None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: scores over `temperature`, the `top_k` best (0: all), of which the most probable that
-    together reach `top_p` stay; `seed` makes a run repeatable on the same machine.
-
-    Raises QwlibError for values outside their ranges.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
-            raise QwlibError(
-                f"temperature above 0, top_k 0 or more, top_p above 0 and at most 1 are needed, not {self}"
-            )
-
-    def warpers(self) -> list:
-        """transformers' processors for it, in the order of its `generate`."""
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-        made = [TemperatureLogitsWarper(float(self.temperature))] if self.temperature != 1 else []
-        made += [TopKLogitsWarper(self.top_k)] if self.top_k else []
-        return made + ([TopPLogitsWarper(self.top_p)] if self.top_p < 1 else [])
 
 
 class Slot(StaticLayer):
@@ -102,29 +86,34 @@ class Decoder:
     def __init__(self, model, device, *, capture: bool = True, compiled: bool = False):
         self.model, self.device = model, torch.device(device)
         self.capture, self.compiled = capture, compiled
+        self.lock = threading.Lock()  # one answer at a time: the tensors are its own
         self.generator = torch.Generator(device)
+        # one stream of its own: two graphs captured on one share a workspace, which goes with the first
+        self.aside = torch.cuda.Stream(self.device) if self._cuda else None
         self.forward = torch.compile(self._scores, fullgraph=True, dynamic=False) if compiled else self._scores
-        self.ready_s = 0.0
+        self.ready_s, self.graph = 0.0, None
         self.close()
 
-    def generate(self, ids, mask, *, new_tokens: int, stops=(), streamer=None, stop_at_eos=False, sampling=None):
+    @property
+    def _cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def generate(self, ids, mask, *, new_tokens: int, ends=(), pad=0, streamer=None, stop_at_eos=False, sampling=None):
         """Continue `ids` (batch × prompt, padded on the left where `mask` is 0): (batch × new) on the host.
 
-        The streamer gets the prompt, then each step's (batch,) tokens as they arrive. With `stop_at_eos` rows that ended are
-        padded with the first of `stops`, and all end with the last; else no row gives a stop token.
-        """
-        with torch.inference_mode():
-            return self._generate(ids, mask, new_tokens, list(stops), streamer, stop_at_eos, sampling)
+        The streamer gets the prompt, then each step's (batch,) tokens as they arrive. With `stop_at_eos` a row ends with one of
+        `ends` and is padded with `pad`, and all end with the last; else none of `ends` is given.
 
-    def _generate(self, ids, mask, new_tokens, stops, streamer, stop_at_eos, sampling):
+        Raises NoGraph, before anything is handed over, where the steps can't be had.
+        """
+        with torch.cuda.device(self.device) if self._cuda else contextlib.nullcontext(), torch.inference_mode():
+            return self._generate(ids, mask, new_tokens, list(ends), pad, streamer, stop_at_eos, sampling)
+
+    def _generate(self, ids, mask, new_tokens, ends, pad, streamer, stop_at_eos, sampling):
         batch, prompt = ids.shape
-        choose = _Choice(sampling, () if stop_at_eos else stops, self.generator, self.device)
-        try:
-            scores, layers = self._read(ids.to(self.device), mask.to(self.device))
-            step = self._step(batch, prompt + new_tokens, choose, layers) if new_tokens > 1 else None
-        except (RuntimeError, AttributeError, QwlibError) as error:
-            self.close()
-            raise NoGraph(f"no graph: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        choose = Choice(sampling, () if stop_at_eos else ends, self.generator, self.device)
+        scores, layers = self._read(ids.to(self.device), mask.to(self.device))
+        step = self._step(batch, prompt + new_tokens, choose, layers) if new_tokens > 1 else None
         if sampling:  # behind a capture, whose trial steps draw too
             self.generator.manual_seed(sampling.seed)
         token = choose(scores)
@@ -138,9 +127,9 @@ class Decoder:
             nonlocal finished, given
             if arrived[given] is not None:
                 arrived[given].synchronize()
-            if stop_at_eos and stops:
-                out[given] = out[given].where(~finished, stops[0])
-                finished = torch.isin(out[given], torch.tensor(stops))
+            if stop_at_eos and ends:
+                out[given] = out[given].where(~finished, pad)
+                finished = finished | torch.isin(out[given], torch.tensor(ends))
             given += 1
             if streamer:
                 streamer.put(out[given - 1].clone())
@@ -167,9 +156,11 @@ class Decoder:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         wanted = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         read = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=True, **wanted)
-        layers = read.past_key_values.layers
+        layers = getattr(getattr(read, "past_key_values", None), "layers", [None])
         if other := {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
-            raise QwlibError(f"its cache is made of {other.pop().__name__}, not of keys and values alone")
+            raise NoGraph(f"no graph: its cache is made of {other.pop().__name__}, not of keys and values alone")
+        if any(layer.keys.shape[2] > ids.shape[1] for layer in layers):
+            raise NoGraph("no graph: its cache holds more than the prompt")  # prefix tuning
         return read.logits[:, -1], layers
 
     def _step(self, batch: int, length: int, choose, layers):
@@ -178,9 +169,14 @@ class Decoder:
         if self.key is None or self.key != key or self.mask.shape[1] < length:
             began = time.perf_counter()
             self.close()
-            self._tensors(batch, -(-length // ROUND) * ROUND, layers)
-            self.choose = choose  # a graph reads its tensors where they lie: they must outlive it
-            self.graph = self._captured() if self.capture else None
+            try:
+                self._tensors(batch, -(-length // ROUND) * ROUND, layers)
+                self.choose = choose  # a graph reads its tensors where they lie: they must outlive it
+                self.graph = self._captured() if self.capture else None
+            except Exception as error:  # whatever capturing or compiling says; nothing was handed over yet
+                self.close()
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                raise NoGraph(f"no graph: {why}", once=isinstance(error, torch.OutOfMemoryError)) from error
             self.key, self.ready_s = key, time.perf_counter() - began
         return self.graph.replay if self.graph else self._advance
 
@@ -194,6 +190,8 @@ class Decoder:
     def _begin(self, layers, token, mask, prompt: int) -> None:
         """Stand behind the prompt, about to read `token`."""
         for slot, layer in zip(self.cache.layers, layers, strict=True):
+            slot.keys.zero_()  # what is masked counts as 0 times its value, and 0 times not-a-number is none
+            slot.values.zero_()
             slot.fill(layer, prompt)
         self.token.copy_(token[:, None])
         self.position.copy_(mask.sum(-1, keepdim=True))
@@ -216,26 +214,25 @@ class Decoder:
 
     def _captured(self):
         """The step as a graph, after two that settle what kernels and their workspaces will be."""
-        aside = torch.cuda.Stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self._advance()
-        torch.cuda.current_stream(self.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         if self.choose.warpers is not None:
             graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            self._advance()
+        self.aside.wait_stream(here)
+        with torch.cuda.stream(self.aside), torch._dynamo.config.patch(recompile_limit=64):
+            for _ in range(2):
+                self._advance()
+            with torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):
+                self._advance()
+        here.wait_stream(self.aside)
         return graph
 
     def _host(self, new_tokens: int, batch: int):
-        return torch.zeros(new_tokens, batch, dtype=torch.long, pin_memory=self.device.type == "cuda")
+        return torch.zeros(new_tokens, batch, dtype=torch.long, pin_memory=self._cuda)
 
     def _fetch(self, row, token):
         """Copy a step's tokens to the host; the event of their arrival, None where they are there."""
         row.copy_(token, non_blocking=True)
-        if self.device.type != "cuda":
+        if not self._cuda:
             return None
         event = torch.cuda.Event()
         event.record()
@@ -243,27 +240,8 @@ class Decoder:
 
     def close(self) -> None:
         """Give the graph and its cache back."""
+        if self.graph is not None:
+            torch.cuda.synchronize(self.device)
+            self.graph.reset()
         self.key = self.graph = self.choose = self.cache = None
         self.token = self.position = self.place = self.mask = None
-
-
-class _Choice:
-    """The next token from scores: the greatest, or one that is drawn; `never` are token ids that may not come."""
-
-    def __init__(self, sampling: Sampling | None, never, generator, device):
-        self.warpers = None if sampling is None else sampling.warpers()
-        self.generator = generator
-        self.never = torch.tensor(list(never), dtype=torch.long, device=device) if never else None
-        self.key = (astuple(sampling)[:3] if sampling else None, tuple(never))
-
-    def __call__(self, scores):
-        if self.never is not None:
-            scores = scores.index_fill(-1, self.never, -torch.inf)
-        if self.warpers is None:
-            return scores.argmax(-1)
-        scores = scores.float()
-        for warp in self.warpers:
-            scores = warp(None, scores)
-        # the race of exponential clocks: argmax of p / e draws with probabilities p, and waits for no one
-        clocks = torch.empty_like(scores).exponential_(generator=self.generator)
-        return (scores.softmax(-1) / clocks).argmax(-1)

@@ -19,7 +19,11 @@ from .errors import QwlibError
 
 
 class NoGraph(QwlibError):
-    """A decoder can't do this model's steps; nothing was handed over yet."""
+    """A decoder can't do this model's steps, or (`once`) this request's; nothing was handed over yet."""
+
+    def __init__(self, message: str, once: bool = False):
+        super().__init__(message)
+        self.once = once
 
 
 @dataclass
@@ -34,7 +38,8 @@ class Prefix:
 class Transformers:
     """A plain transformers model, continued by its `generate`, or by a `decoding.Decoder` where one is set.
 
-    `must`: a decoder that fails is an error; else `generate` takes over, and `why` says so.
+    `must`: a decoder that fails is an error; else `generate` takes over, and `why` says so. It answers, too, a request that comes
+    while the decoder is busy with another.
     """
 
     model: Any
@@ -61,9 +66,13 @@ class Transformers:
     @property
     def stops(self) -> list[int]:
         """Token ids that end an answer, the one that also pads (where the model names one) first."""
-        settings = self.model.generation_config
-        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        return [i for i in (settings.pad_token_id, *ends) if i is not None]
+        return [i for i in (self.model.generation_config.pad_token_id, *self.ends) if i is not None]
+
+    @property
+    def ends(self) -> list[int]:
+        """Token ids that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return [i for i in (ends if isinstance(ends, list) else [ends]) if i is not None]
 
     def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None, precise: bool = False):
         """(batch × positions × vocabulary), or the `last` positions only, on the device and in the model's type.
@@ -107,18 +116,22 @@ class Transformers:
         return getattr(self.model.config, "sliding_window", None) or float("inf")
 
     def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
-        """(batch × new) on the host, greedy unless `sampling` (`decoding.Sampling`) says otherwise.
+        """(batch × new) on the host, greedy unless `sampling` (`sampling.Sampling`) says otherwise.
 
         Raises QwlibError where a decoder that must be used can't do this model's steps.
         """
-        if self.decoder is not None:
-            settings = {"stops": self.stops, "streamer": streamer, "stop_at_eos": stop_at_eos, "sampling": sampling}
+        if self.decoder is not None and self.decoder.lock.acquire(blocking=False):
+            lock, settings = self.decoder.lock, {"streamer": streamer, "stop_at_eos": stop_at_eos, "sampling": sampling}
+            ends, pad = self.ends, next(iter(self.stops), 0)
             try:
-                return self.decoder.generate(ids, mask, new_tokens=new_tokens, **settings)
+                return self.decoder.generate(ids, mask, new_tokens=new_tokens, ends=ends, pad=pad, **settings)
             except NoGraph as error:
                 if self.must:
                     raise QwlibError(f"{error}; decode with engine='eager'") from None
-                self.decoder, self.why = None, str(error)
+                self.decoder, self.why = self.decoder if error.once else None, str(error)
+            finally:
+                lock.release()
+            memory.give_back()
         return self._generate(ids, mask, new_tokens, streamer, stop_at_eos, sampling)
 
     def _generate(self, ids, mask, new_tokens, streamer, stop_at_eos, sampling):

@@ -68,6 +68,8 @@ class Lm:
         """Decode with `eager` (transformers' `generate`), `graph` (a captured CUDA graph a step) or `compiled` (torch.compile,
         then the graph). None takes a graph where there can be one, and says in `engine.why` why not elsewhere.
 
+        A graph does not see what is changed in the model later (an adapter put off, a hook): call `use` again then.
+
         Raises QwlibError for another name, and where the one that is asked for can't be.
         """
         if engine not in (None, "eager", "graph", "compiled"):
@@ -97,7 +99,7 @@ class Lm:
         """Continuation of `ids` (batch × prompt, -1 pads on the left): a (batch × new) tensor on the host.
 
         `on_token` gets each step's (batch,) tokens as they reach the host. Without `stop_at_eos` exactly `new_tokens` come.
-        Greedy, or drawn as a `decoding.Sampling` says.
+        Greedy, or drawn as a `sampling.Sampling` says.
         """
         streamer = streaming.token_streamer(on_token) if on_token else None
         return self.generate(ids, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos, sampling=sampling)

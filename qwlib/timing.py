@@ -84,6 +84,7 @@ def measure_speed(
     if runs < 1:
         raise QwlibError(f"runs and new tokens must be at least 1, not {runs} and {new_tokens}")
     shape = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    _forget(lm)
     lines = time_requests(lm, **shape, runs=1 + warmup + runs, clock=clock)
     return {
         "engine": lm.engine.name,
@@ -96,6 +97,12 @@ def measure_speed(
         **_ready(lm),
         **summarise(lines[1 + warmup :]),
     }
+
+
+def _forget(lm) -> None:
+    """Drop a captured graph: that of a longer request would serve this one more slowly, and hold memory from before it."""
+    if (decoder := getattr(lm.engine, "decoder", None)) is not None:
+        decoder.close()
 
 
 def _ready(lm) -> dict:
@@ -154,6 +161,7 @@ def roofline(lm, bandwidth: float) -> float:
 
 def request_peak(lm, *, batch: int, prompt_tokens: int, new_tokens: int) -> int | None:
     """Highest use of memory during one request over what the loaded model takes, in bytes; None where no meter exists."""
+    _forget(lm)
     memory.give_back()
     before = memory.used_bytes(lm.device)
     if not memory.reset_peak(lm.device):

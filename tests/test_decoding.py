@@ -5,10 +5,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qwlib
-from qwlib.decoding import ROUND, Decoder, Sampling
+from qwlib.decoding import ROUND, Decoder, changing
 from qwlib.engines import Stepwise, Transformers
 from qwlib.errors import QwlibError
 from qwlib.lm import Lm
+from qwlib.sampling import Sampling
 
 SIZES = {
     "hidden_size": 64,
@@ -67,10 +68,10 @@ def test_tokens_are_those_of_generate(family):
     ids, mask = padded()
     wanted = Transformers(model, torch.device("cpu")).generate(ids, mask, new_tokens=30)
     decoder = steps(model)
-    assert torch.equal(decoder.generate(ids, mask, new_tokens=30, stops=[0, 1]), wanted)
-    assert torch.equal(decoder.generate(ids, mask, new_tokens=1, stops=[0, 1]), wanted[:, :1])
+    assert torch.equal(decoder.generate(ids, mask, new_tokens=30, ends=[1]), wanted)
+    assert torch.equal(decoder.generate(ids, mask, new_tokens=1, ends=[1]), wanted[:, :1])
     # the same test fails where padding is looked at, or a position is off by one
-    unmasked = decoder.generate(ids, torch.ones_like(mask), new_tokens=30, stops=[0, 1])
+    unmasked = decoder.generate(ids, torch.ones_like(mask), new_tokens=30, ends=[1])
     assert torch.equal(unmasked[0], wanted[0])
     assert not torch.equal(unmasked[2], wanted[2])
 
@@ -81,10 +82,10 @@ def test_the_embedded_model_answers_alike_and_stops_alike():
         decoder, plain = steps(lm.model), lm.engine
         for ends in (True, False):
             wanted = plain.generate(ids, mask, new_tokens=40, stop_at_eos=ends)
-            found = decoder.generate(ids, mask, new_tokens=40, stops=plain.stops, stop_at_eos=ends)
+            found = decoder.generate(ids, mask, new_tokens=40, ends=plain.ends, pad=plain.stops[0], stop_at_eos=ends)
             assert torch.equal(found, wanted)
             assert (found.shape[1] < 40) is ends
-        assert not set(plain.stops) & set(found.flatten().tolist())
+        assert not set(plain.ends) & set(found.flatten().tolist())
         del plain, decoder
 
 
@@ -113,7 +114,7 @@ def test_a_request_that_fills_the_cache_to_its_last_place(llama):
     ids, mask = padded(1, 20)
     for new in range(ROUND - 22, ROUND - 17):
         wanted = Transformers(llama, torch.device("cpu")).generate(ids, mask, new_tokens=new)
-        assert torch.equal(decoder.generate(ids, mask, new_tokens=new, stops=[0, 1]), wanted)
+        assert torch.equal(decoder.generate(ids, mask, new_tokens=new, ends=[1]), wanted)
 
 
 class Listener:
@@ -145,14 +146,14 @@ def test_every_token_is_handed_over_once_in_order(llama):
 def test_rows_that_ended_are_padded_and_the_last_one_ends_all(llama):
     ids, mask = padded()
     free = steps(llama).generate(ids, mask, new_tokens=30)
-    stops = [0, int(free[0, 4]), int(free[1, 9]), int(free[2, 2])]
-    firsts = [next(i for i, token in enumerate(row.tolist()) if token in stops) for row in free]
+    ends = [int(free[0, 4]), int(free[1, 9]), int(free[2, 2])]
+    firsts = [next(i for i, token in enumerate(row.tolist()) if token in ends) for row in free]
     heard = Listener()
-    out = steps(llama).generate(ids, mask, new_tokens=30, stops=stops, stop_at_eos=True, streamer=heard)
+    out = steps(llama).generate(ids, mask, new_tokens=30, ends=ends, pad=299, stop_at_eos=True, streamer=heard)
     assert out.shape[1] == max(firsts) + 1 == len(heard.got) - 1
     for row, first in enumerate(firsts):
         assert torch.equal(out[row, : first + 1], free[row, : first + 1])
-        assert (out[row, first + 1 :] == stops[0]).all()
+        assert (out[row, first + 1 :] == 299).all()
 
 
 def test_drawing_follows_the_probabilities_and_the_seed(llama):
@@ -250,6 +251,63 @@ def test_an_error_of_who_listens_is_theirs(llama):
     assert engine.generate(ids, mask, new_tokens=5).shape == (3, 5)
 
 
+def test_a_request_while_another_is_answered_goes_to_generate(llama):
+    ids, mask = padded()
+    engine = Transformers(llama, torch.device("cpu"), decoder=steps(llama))
+    wanted = engine.generate(ids, mask, new_tokens=9)
+
+    class Asks(Listener):
+        def put(self, value):
+            super().put(value)
+            if len(self.got) == 4:
+                self.other = engine.generate(ids[:1], mask[:1], new_tokens=9)
+
+    heard = Asks()
+    assert torch.equal(engine.generate(ids, mask, new_tokens=9, streamer=heard), wanted)
+    assert torch.equal(heard.other, wanted[:1])
+    assert engine.decoder is not None
+
+
+def test_nothing_of_a_request_is_left_for_the_next_one(llama):
+    ids, mask = padded(1)
+    decoder = steps(llama)
+    wanted = decoder.generate(ids, mask, new_tokens=10)
+    with torch.inference_mode():
+        for slot in decoder.cache.layers:
+            slot.keys.fill_(torch.nan)
+            slot.values.fill_(torch.nan)
+    held = decoder.cache
+    assert torch.equal(decoder.generate(ids, mask, new_tokens=10), wanted)
+    assert decoder.cache is held
+
+
+def test_steps_that_do_not_look_alike_are_known_beforehand(llama):
+    assert changing(llama) is None
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [9.0] * 8}
+    rope["original_max_position_embeddings"] = 32
+    long = small("phi3", rope_parameters=rope, original_max_position_embeddings=32, initializer_range=0.3)
+    assert "longrope" in changing(long)
+    ids, mask = padded(1)  # from 20 tokens over the border at 32: generate reads all again there, steps do not
+    wanted = Transformers(long, torch.device("cpu")).generate(ids, mask, new_tokens=30)
+    assert not torch.equal(steps(long).generate(ids, mask, new_tokens=30, ends=[1]), wanted)
+    assert "can't be compiled" in changing(small("gpt_neo", attention_types=[[["local"], 3]]))
+    peculiar = small("llama")
+    peculiar.config.rope_parameters = {"full_attention": {"rope_type": "dynamic"}}
+    assert "dynamic" in changing(peculiar)
+
+
+def test_memory_that_is_short_once_costs_one_request_only(llama):
+    class Short(Decoder):
+        def _captured(self):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ids, mask = padded(1)
+    engine = Transformers(llama, torch.device("cpu"), decoder=Short(llama, "cpu"))
+    assert engine.generate(ids, mask, new_tokens=3).shape == (1, 3)
+    assert engine.decoder is not None
+    assert engine.why == "no graph: CUDA out of memory"
+
+
 def test_a_cache_that_holds_more_than_keys_and_values():
     torch.manual_seed(0)
     hybrid = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
@@ -285,8 +343,8 @@ def test_a_graph_gives_the_tokens_of_generate(family):
     decoder = Decoder(model, "cuda")
     for new in (30, 30, ROUND + 5, 7):  # captured, used again, captured longer, used shorter
         wanted = plain.generate(ids, mask, new_tokens=new)
-        assert torch.equal(decoder.generate(ids, mask, new_tokens=new, stops=[0, 1]), wanted)
-    alone = decoder.generate(ids[:1], mask[:1], new_tokens=30, stops=[0, 1])
+        assert torch.equal(decoder.generate(ids, mask, new_tokens=new, ends=[1]), wanted)
+    alone = decoder.generate(ids[:1], mask[:1], new_tokens=30, ends=[1])
     assert torch.equal(alone, plain.generate(ids[:1], mask[:1], new_tokens=30))
 
 
