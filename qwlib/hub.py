@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,12 +68,11 @@ def fetch_data(repository: str, path: str) -> str:
 
     Raises QwlibError where it can't be had.
     """
-    import httpx
     from huggingface_hub import hf_hub_download
 
     try:
         return hf_hub_download(repository, path, repo_type="dataset")
-    except (OSError, ValueError, httpx.TransportError) as error:  # the Hub's own errors are OSError or ValueError
+    except (OSError, ValueError, _broken()) as error:  # the Hub's own errors are OSError or ValueError
         raise QwlibError(
             f"{repository} can't be fetched from the Hub ({type(error).__name__}): name a text file instead"
         ) from None
@@ -81,14 +81,13 @@ def fetch_data(repository: str, path: str) -> str:
 @contextlib.contextmanager
 def explained(row) -> Iterator[None]:
     """Errors of the Hub, of a checkpoint and of the allocator as one line; `row` is a `catalog.Model`."""
-    import httpx
     import safetensors
 
     try:
         yield
     except QwlibError:
         raise
-    except (OSError, ValueError, ImportError, safetensors.SafetensorError, httpx.TransportError) as error:
+    except (OSError, ValueError, ImportError, safetensors.SafetensorError, _broken()) as error:
         message = _of_the_hub(row, error)
         if message:
             raise QwlibError(message) from None
@@ -101,11 +100,17 @@ def explained(row) -> Iterator[None]:
         raise
 
 
+def _broken() -> type[Exception]:
+    """What the Hub's client raises where a connection breaks; it speaks by httpx or, as version 2.4 does, httpx2."""
+    from huggingface_hub import get_session
+
+    return import_module(type(get_session()).__module__.partition(".")[0]).TransportError
+
+
 def _of_the_hub(row, error: BaseException) -> str | None:
-    import httpx
     import huggingface_hub.errors as hub
 
-    known = hub.HfHubHTTPError | hub.LocalEntryNotFoundError | ConnectionError | httpx.TransportError
+    known = hub.HfHubHTTPError | hub.LocalEntryNotFoundError | ConnectionError | _broken()
     cause = error
     while cause is not None and not isinstance(cause, known):
         cause = cause.__cause__ or cause.__context__

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from qwlib import embedded
+from qwlib import catalog, embedded
+from qwlib import hub as hub_module
+from qwlib.errors import QwlibError
 
 TOKEN = "hf_" + "Q" * 34
 PACKAGED = embedded.parts("smollm2-135m")[0]  # a GGUF file that others made
@@ -222,6 +224,14 @@ def test_a_gguf_file_of_the_hub_is_measured_beside_its_model(hub, tmp_path):
     assert [model[key] for key in ("name", "source", "revision")] == [PACKAGED.name, "good/files", COMMIT]
     assert found["ppl"] == pytest.approx(reference["ppl"], rel=0.01)
     assert found["kld"]["mean"] < 0.01
+
+
+def test_a_connection_that_breaks_is_one_line():
+    from huggingface_hub import get_session
+
+    row = catalog.find("qwen2.5-3b")
+    with pytest.raises(QwlibError, match=r"qwen2\.5-3b can't be fetched from the Hub"), hub_module.explained(row):
+        get_session().get("http://127.0.0.1:9")
 
 
 @pytest.mark.slow
