@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qwlib
+from qwlib import worker
 from qwlib.decoding import ROUND, Decoder, changing
 from qwlib.engines import Stepwise, Transformers
 from qwlib.errors import QwlibError
@@ -199,6 +200,7 @@ def test_settings_out_of_range(wrong):
         Sampling(**wrong)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is said without a GPU")
 def test_what_decodes_here_and_why(lm):
     assert lm.engine.name == "transformers generate, dynamic cache"
     assert lm.engine.why == "a graph needs a CUDA device"
@@ -209,6 +211,8 @@ def test_what_decodes_here_and_why(lm):
             lm.use(name)
     with pytest.raises(QwlibError, match="it is eager, graph or compiled"):
         lm.use("fast")
+    with pytest.raises(QwlibError, match="can't decode by graph"):
+        worker.run({"model": "smollm2-135m", "scheme": "bf16", "engine": "graph"})
     assert not torch.cuda.is_initialized()
 
 
