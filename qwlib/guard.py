@@ -130,6 +130,7 @@ class Judge:
         jobs, found = [], {}  # a job: (row, way, whether it is read whole, ids)
         for number, row in enumerate(rows):
             for way, ids in enumerate(self._ways(*row)):
+                self._check_room(number, ids)
                 jobs.append((number, way, *self._without_kept(ids, reuse)))
         for whole in (True, False):  # rows whose tokens differ before the message begins are read whole
             some = sorted((job for job in jobs if job[2] is whole), key=lambda job: -len(job[3]))
@@ -155,9 +156,11 @@ class Judge:
         Raises QwlibError as `score` does.
         """
         rows, answers = self._rows(prompts, responses), []
+        asked = [self.ids(*row) for row in rows]
+        for number, ids in enumerate(asked):
+            self._check_room(number, ids, new_tokens)
         for first in range(0, len(rows), batch):
-            part = rows[first : first + batch]
-            ids = lms.pad_left([self.ids(*row) for row in part])
+            part, ids = rows[first : first + batch], lms.pad_left(asked[first : first + batch])
             began = time.perf_counter()
             out = self.lm.stream(ids, new_tokens=new_tokens, on_token=on_token, stop_at_eos=True)
             took = time.perf_counter() - began
@@ -204,6 +207,15 @@ class Judge:
         if response is None or not self._between:
             return [ids]
         return [ids + self._words[words[0]] + self._between for words in (self.row.safe, self.row.unsafe)]
+
+    def _check_room(self, number: int, ids: list[int], new_tokens: int = 0) -> None:
+        """Before anything is read: one message that is too long must not cost the time of all others."""
+        if self.lm.longest and len(ids) + new_tokens > self.lm.longest:
+            more = f" and {new_tokens} new ones" if new_tokens else ""
+            raise QwlibError(
+                f"message {number} (from 0) makes {len(ids)} tokens{more}, more than the model's {self.lm.longest} positions: "
+                "shorten it or leave it out"
+            )
 
     def _without_kept(self, ids: list[int], reuse: bool) -> tuple[bool, list[int]]:
         """(whether the row has to be read whole, the ids to read)."""
