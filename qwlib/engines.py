@@ -158,6 +158,16 @@ class Transformers:
             out = self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
         return out[:, ids.shape[1] :].cpu()
 
+    @property
+    def ready_s(self) -> float | None:
+        """Seconds that the last capture of a graph took, compiling included; None where there is none."""
+        return None if self.decoder is None else self.decoder.ready_s
+
+    def forget(self) -> None:
+        """Give back what was kept of requests."""
+        if self.decoder is not None:
+            self.decoder.close()
+
     def held(self) -> dict[str, int]:
         """`weights_bytes` and `state_bytes`."""
         return memory.measure(self.model, self.beside)
@@ -167,8 +177,7 @@ class Transformers:
         return memory.read_bytes(self.model, self.beside)
 
     def close(self) -> None:
-        if self.decoder is not None:
-            self.decoder.close()
+        self.forget()
         self.model = self.decoder = None
         self.beside = ()
 
@@ -219,6 +228,8 @@ class Stepwise:
     reader: Any
     name: str
     stops: Iterable[int] = ()
+    why: str = "decodes in a way of its own"
+    ready_s: float | None = None  # nothing is captured
 
     @property
     def vocabulary(self) -> int:
@@ -277,6 +288,9 @@ class Stepwise:
         if streamer:
             streamer.end()
         return torch.tensor([out])
+
+    def forget(self) -> None:
+        """Nothing is kept of requests."""
 
     def held(self) -> dict[str, int]:
         """All of it as `weights_bytes`: a file's scales lie among its codes."""

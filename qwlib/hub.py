@@ -72,7 +72,7 @@ def fetch_data(repository: str, path: str) -> str:
 
     try:
         return hf_hub_download(repository, path, repo_type="dataset")
-    except (OSError, ValueError, _broken()) as error:  # the Hub's own errors are OSError or ValueError
+    except (OSError, ValueError, transport_error()) as error:  # the Hub's own errors are OSError or ValueError
         raise QwlibError(
             f"{repository} can't be fetched from the Hub ({type(error).__name__}): name a text file instead"
         ) from None
@@ -87,7 +87,7 @@ def explained(row) -> Iterator[None]:
         yield
     except QwlibError:
         raise
-    except (OSError, ValueError, ImportError, safetensors.SafetensorError, _broken()) as error:
+    except (OSError, ValueError, ImportError, safetensors.SafetensorError, transport_error()) as error:
         message = _of_the_hub(row, error)
         if message:
             raise QwlibError(message) from None
@@ -100,7 +100,7 @@ def explained(row) -> Iterator[None]:
         raise
 
 
-def _broken() -> type[Exception]:
+def transport_error() -> type[Exception]:
     """What the Hub's client raises where a connection breaks; it speaks by httpx or, as version 2.4 does, httpx2."""
     from huggingface_hub import get_session
 
@@ -110,7 +110,7 @@ def _broken() -> type[Exception]:
 def _of_the_hub(row, error: BaseException) -> str | None:
     import huggingface_hub.errors as hub
 
-    known = hub.HfHubHTTPError | hub.LocalEntryNotFoundError | ConnectionError | _broken()
+    known = hub.HfHubHTTPError | hub.LocalEntryNotFoundError | ConnectionError | transport_error()
     cause = error
     while cause is not None and not isinstance(cause, known):
         cause = cause.__cause__ or cause.__context__

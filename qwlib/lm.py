@@ -75,7 +75,7 @@ class Lm:
         if engine not in (None, "eager", "graph", "compiled"):
             raise QwlibError(f"engine {engine!r}: it is eager, graph or compiled")
         plain = isinstance(self.engine, engines.Transformers)
-        why = None if plain else f"{self.scheme.backend} decodes in a way of its own"
+        why = None if plain else f"{self.scheme.backend} {self.engine.why}"
         if plain:
             from . import decoding
 
@@ -84,8 +84,7 @@ class Lm:
             raise QwlibError(f"{self.row.name} in {self.scheme.name} can't decode by {engine}: {why}")
         if not plain:
             return self
-        if self.engine.decoder is not None:
-            self.engine.decoder.close()
+        self.engine.forget()
         made = None
         if not why and engine != "eager":
             made = decoding.Decoder(self.model, self.device, compiled=engine == "compiled")

@@ -84,7 +84,7 @@ def measure_speed(
     if runs < 1:
         raise QwlibError(f"runs and new tokens must be at least 1, not {runs} and {new_tokens}")
     shape = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-    _forget(lm)
+    lm.engine.forget()  # a graph of a longer request would serve this one too, more slowly
     lines = time_requests(lm, **shape, runs=1 + warmup + runs, clock=clock)
     return {
         "engine": lm.engine.name,
@@ -94,21 +94,9 @@ def measure_speed(
         "import_s": lm.import_s,
         "load_s": lm.load_s,
         "first_call_s": lines[0].e2e_s,
-        **_ready(lm),
+        **({} if lm.engine.ready_s is None else {"engine_ready_s": lm.engine.ready_s}),
         **summarise(lines[1 + warmup :]),
     }
-
-
-def _forget(lm) -> None:
-    """Drop a captured graph: that of a longer request would serve this one more slowly, and hold memory from before it."""
-    if (decoder := getattr(lm.engine, "decoder", None)) is not None:
-        decoder.close()
-
-
-def _ready(lm) -> dict:
-    """Seconds that the last capture of a graph took, compiling included; nothing where there is none."""
-    decoder = getattr(lm.engine, "decoder", None)
-    return {"engine_ready_s": decoder.ready_s} if decoder is not None else {}
 
 
 def copy_bandwidth(
@@ -161,7 +149,7 @@ def roofline(lm, bandwidth: float) -> float:
 
 def request_peak(lm, *, batch: int, prompt_tokens: int, new_tokens: int) -> int | None:
     """Highest use of memory during one request over what the loaded model takes, in bytes; None where no meter exists."""
-    _forget(lm)
+    lm.engine.forget()  # what a graph holds belongs to the request
     memory.give_back()
     before = memory.used_bytes(lm.device)
     if not memory.reset_peak(lm.device):

@@ -188,7 +188,7 @@ def describe_choices(lm) -> dict:
         "device": record.device_name(lm.device),
         "device_reason": lm.device_reason,
         "threads": torch.get_num_threads(),
-        **({"engine_reason": why} if (why := getattr(lm.engine, "why", "")) else {}),
+        "engine_reason": lm.engine.why,
     }
 
 

@@ -8,7 +8,7 @@ from hubserver import LARGE, Fault, Hub, card_errors
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from qwlib.hub import _broken
+from qwlib.hub import transport_error
 
 ME, OTHER = "hf_mine", "hf_theirs"
 SMALL, BIG, HUGE = b"some text\n", os.urandom(LARGE + 5), os.urandom(3 * LARGE + 7)
@@ -122,7 +122,7 @@ def test_a_connection_that_breaks(hub, api):
     api.create_repo("me/model")
     hub.faults.append(Fault("POST /api/models/me/model/commit", cut=True))
     added = [CommitOperationAdd("config.json", SMALL)]
-    with pytest.raises(_broken()):
+    with pytest.raises(transport_error()):
         api.create_commit("me/model", added, commit_message="one")
     assert not hub.repositories["me/model"].files
 

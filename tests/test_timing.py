@@ -30,7 +30,8 @@ def scripted_lm(clock, *, first: float, ttft: float, gap: float):
                 on_token(None)
 
     tokenizer = lambda text, **_: SimpleNamespace(input_ids=[ord(c) for c in text])  # noqa: E731
-    facts = {"vocabulary": 64, "import_s": 2.0, "load_s": 3.0, "engine": SimpleNamespace(name="a script")}
+    engine = SimpleNamespace(name="a script", ready_s=None, forget=lambda: None)
+    facts = {"vocabulary": 64, "import_s": 2.0, "load_s": 3.0, "engine": engine}
     return SimpleNamespace(stream=stream, tokenizer=tokenizer, calls=calls, **facts)
 
 
