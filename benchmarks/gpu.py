@@ -3,19 +3,22 @@
     python benchmarks/gpu.py [--model llama-3.1-8b] [--weights random] [--scheme nf4-dq ...] [--out results/h100.json]
 
 One process, one GPU, one file; a scheme's rows are written when it is done, and a second run with `--resume` goes on. Shares
-are of the copy bandwidth measured in the same run. Without a GPU it says so and does nothing. `--table FILE` prints a file.
+are of the copy bandwidth measured in the same run. Without a GPU it says so and does nothing. `--tables FILE` prints a file.
 """
 
 import argparse
+import datetime
 import json
+import time
 from pathlib import Path
 
-from qwlib import files, loading, memory, record, timing
+from qwlib import files, loading, memory, record, streaming, timing
 from qwlib.errors import QwlibError
 
-SCHEMES = ["fp32", "bf16", "fp16", "int8", "fp4", "fp4-dq", "nf4", "nf4-dq", "nf4-mixed", "nf4-all"]
-COMPILED = ["bf16", "nf4", "nf4-dq", "nf4-all"]  # compiling takes half a minute each
-BATCHES = [4, 16, 64]
+SCHEMES = ["bf16", "nf4-dq", "nf4", "nf4-mixed", "nf4-all", "fp4", "fp4-dq", "int8", "fp16", "fp32"]
+COMPILED = ["bf16", "nf4-dq", "nf4-mixed", "nf4-all"]  # compiling takes half a minute each
+PAIR = ["bf16", "nf4-dq"]  # in batches, too, and by what transformers has itself
+BATCHES = [1, 4, 16, 64]
 LARGE = ("gpt-neox-20b", ["nf4", "nf4-dq"])
 
 
@@ -39,15 +42,81 @@ def energy_j() -> float | None:
     return None if failed else used.value / 1000
 
 
-def measured(lm, bandwidth: float, **shape) -> dict:
-    """One row: speed, share of the roofline, joules a token (of requests after the counted ones, prompts included)."""
-    speed = timing.measure_speed(lm, runs=3, warmup=1, **shape)
-    speed["roofline_share"] = speed["decode_tok_s"] / shape["batch"] / timing.roofline(lm, bandwidth)
+def measured(lm, bandwidth: float, runs: int, **shape) -> dict:
+    """Speed of `runs` requests after two, their share of the roofline, and joules a token (the prompts' included)."""
+    speed = timing.measure_speed(lm, runs=1, warmup=0, **shape)
     began = energy_j()
-    timing.time_requests(lm, **shape, runs=4)
+    speed |= timing.summarise(timing.time_requests(lm, runs=runs, **shape)) | {"runs": runs, "warmup": 1}
     if began is not None:
-        speed["joules_per_token"] = (energy_j() - began) / (4 * shape["batch"] * shape["new_tokens"])
-    return speed
+        speed["joules_per_token"] = (energy_j() - began) / (runs * shape["batch"] * shape["new_tokens"])
+    return speed | {"roofline_share": share(lm, bandwidth, speed)}
+
+
+def share(lm, bandwidth: float, speed: dict) -> float:
+    """Steps a second over those that reading the weights allows."""
+    return speed["decode_tok_s"] / speed["batch"] / timing.roofline(lm, bandwidth)
+
+
+def static(lm, bandwidth: float, **shape) -> dict:
+    """transformers' `generate` with a static cache, which it compiles where it says that it can."""
+    lm.use("eager")
+    lm.model.generation_config.cache_implementation = "static"
+    try:
+        return measured(lm, bandwidth, 1, **shape) | {"engine": "transformers generate, static cache"}
+    finally:
+        lm.model.generation_config.cache_implementation = None
+
+
+def continuous(lm, bandwidth: float, *, batch: int, prompt_tokens: int, new_tokens: int) -> dict:
+    """transformers' `generate_batch`: continuous batching with CUDA graphs, timed by its own stamps; the second call counts."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    rows = timing.prompt_ids(lm, batch=batch, tokens=prompt_tokens).tolist()
+    settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    how = ContinuousBatchingConfig(use_cuda_graph=True, allow_block_sharing=False, max_memory_percent=0.5)
+    attention = lm.model.config._attn_implementation
+    for _ in range(2):
+        sent = time.perf_counter()
+        done = lm.model.generate_batch(rows, settings, continuous_batching_config=how, record_timestamps=True)
+    lm.model.set_attn_implementation(attention)
+    stamps = [answer.timestamps for answer in done.values()]
+    if len(stamps) < batch or any(len(row) != new_tokens for row in stamps):
+        raise QwlibError("generate_batch gave fewer tokens than asked for: see its own messages above")
+    steps = [max(at) for at in zip(*stamps, strict=True)]  # rows move on together but for the first tokens
+    speed = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": 1, "warmup": 1}
+    speed |= timing.summarise([streaming.Timeline(batch, began=sent, stamps=steps)])
+    return speed | {
+        "engine": "transformers generate_batch, CUDA graphs",
+        "roofline_share": share(lm, bandwidth, speed),
+    }
+
+
+def products(lm) -> list[dict]:
+    """Microseconds of one product of the model's largest kind of linear layer by 1 to 64 rows, nothing else in between.
+
+    One graph multiplies by that layer of every block, so that no weight is still in a cache from the product before.
+    """
+    import torch
+
+    kinds = {}
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            kinds.setdefault((module.out_features, module.in_features), []).append(module)
+    (rows_out, columns), layers = max(kinds.items(), key=lambda kind: kind[0][0] * kind[0][1] * len(kind[1]))
+    found = []
+    for rows in BATCHES:
+        x = torch.randn(rows, columns, device=lm.device, dtype=lm.dtype)
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.inference_mode(), torch.cuda.stream(aside):
+            for layer in layers[:2]:
+                layer(x)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=aside):
+                for layer in layers:
+                    layer(x)
+        seconds = timing.best({"all": graph.replay}, 20, lm.device)["all"]
+        found.append({"shape": [rows_out, columns], "rows": rows, "us": seconds / len(layers) * 1e6})
+    return found
 
 
 def of_scheme(model: str, weights: str, scheme: str, asked) -> dict:
@@ -57,28 +126,44 @@ def of_scheme(model: str, weights: str, scheme: str, asked) -> dict:
         bandwidth = timing.copy_bandwidth(lm.device)
         row |= {"memory": dict(lm.memory), "load_s": lm.load_s, "copy_bytes_per_s": bandwidth}
         row["read_bytes"] = lm.engine.read_bytes()
-        shape = {"prompt_tokens": asked.prompt_tokens, "new_tokens": asked.new_tokens}
-        usual = ["eager", "graph", *(["compiled"] if scheme in COMPILED and not asked.fast else [])]
-        for name in asked.engine or usual:
-            try:
-                lm.use(name)
-                row["speed"].append({"name": name} | measured(lm, bandwidth, batch=1, **shape))
+        both = scheme in PAIR and not asked.fast and model == asked.model
+        jobs = [("eager", 1), *(("graph", batch) for batch in (BATCHES if both else BATCHES[:1]))]
+        jobs += [("compiled", 1)] * (scheme in COMPILED and not asked.fast and model == asked.model)
+        jobs += [("static", 1), ("continuous", 1), ("continuous", 16)] * both
+        for name, batch in jobs:
+            if not asked.engine or name in asked.engine:
+                shape = {"batch": batch, "prompt_tokens": asked.prompt_tokens, "new_tokens": asked.new_tokens}
+                row["speed"].append({"name": name, "batch": batch} | by_engine(lm, name, bandwidth, shape))
                 print(scheme, name, summary(row["speed"][-1]), flush=True)
-                for batch in BATCHES if name == "graph" and scheme in COMPILED and not asked.fast else []:
-                    row["speed"].append({"name": name} | measured(lm, bandwidth, batch=batch, **shape))
-                    print(scheme, name, summary(row["speed"][-1]), flush=True)
-            except QwlibError as error:
-                row["speed"].append({"name": name, "failure": str(error)})
-                print(scheme, name, error, flush=True)
         lm.use()
         if model == asked.model:
-            long = timing.time_requests(lm, prompt_tokens=asked.long, new_tokens=2, runs=5)
+            long = timing.time_requests(lm, prompt_tokens=asked.long, new_tokens=2, runs=7)
             row["long_prompt"] = {"tokens": asked.long} | timing.summary([line.ttft_s for line in long[2:]])
+        if both:
+            row["products"] = products(lm)
     memory.give_back()
     return row
 
 
+def by_engine(lm, name: str, bandwidth: float, shape: dict) -> dict:
+    """A row, or why there is none."""
+    try:
+        if name == "continuous":
+            return continuous(lm.use("eager"), bandwidth, **shape)
+        if name == "static":
+            return static(lm, bandwidth, **shape)
+        return measured(lm.use(name), bandwidth, 1 if name == "eager" else 3, **shape)
+    except QwlibError as error:
+        return {"failure": str(error)}
+    except Exception as error:
+        if name not in ("static", "continuous"):
+            raise
+        return {"failure": f"transformers: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+
+
 def summary(speed: dict) -> str:
+    if "failure" in speed:
+        return f"batch {speed['batch']:2}: {speed['failure']}"
     gaps = speed["itl_s"]
     return (
         f"batch {speed['batch']:2}: {speed['decode_tok_s']:7.1f} tok/s, {speed['roofline_share']:6.1%} of the roofline, gaps "
@@ -87,27 +172,77 @@ def summary(speed: dict) -> str:
     )
 
 
-def table(found: dict) -> str:
-    """Markdown: a row a scheme, batch 1."""
+def tables(found: dict) -> str:
+    """Markdown: a row a scheme at batch 1; batches; transformers' own ways."""
+    return "\n\n".join((schemes_table(found), batches_table(found), own_table(found)))
+
+
+def schemes_table(found: dict) -> str:
     lines = [
-        "| scheme | GB | load s | TTFT (2048) ms | eager tok/s | graph | compiled | of the roofline | p99 / p50 | J/token |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| scheme | held GB | load peak | load s | TTFT ms | eager tok/s | graph | compiled | of roofline | p99/p50 | J/token |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in found["rows"]:
-        first = {s["name"]: s for s in row["speed"] if s.get("batch") == 1}
-        best = first.get("compiled") or first.get("graph") or first.get("eager")
-        if best is None:
-            continue
-        held = (row["memory"]["weights_bytes"] + row["memory"]["state_bytes"]) / 1e9
-        speeds = [
-            f"{first[name]['decode_tok_s']:.0f}" if name in first else "" for name in ("eager", "graph", "compiled")
-        ]
-        long = f"{row['long_prompt']['p50'] * 1e3:.0f}" if "long_prompt" in row else ""
-        gaps = best["itl_s"].get("p99", best["itl_s"]["p95"]) / best["itl_s"]["p50"]
-        called = row["scheme"] if row["model"] == found["rows"][0]["model"] else f"{row['model']} {row['scheme']}"
-        share, joules = f"{best['roofline_share']:.1%}", f"{best.get('joules_per_token', 0):.2f}"
-        cells = [called, f"{held:.2f}", f"{row['load_s']:.1f}", long, *speeds, share, f"{gaps:.2f}", joules]
+        first = {s["name"]: s for s in row["speed"] if s["batch"] == 1 and "failure" not in s}
+        best = first.get("compiled") or first.get("graph") or first["eager"]
+        called = row["scheme"] if row["model"] == found["rows"][0]["model"] else f"{row['model']}, {row['scheme']}"
+        held = row["memory"]["weights_bytes"] + row["memory"]["state_bytes"]
+        cells = [called, f"{held / 1e9:.2f}", f"{row['memory']['load_peak_bytes'] / 1e9:.2f}", f"{row['load_s']:.1f}"]
+        cells.append(f"{row['long_prompt']['p50'] * 1e3:.0f}" if "long_prompt" in row else "")
+        cells += [f"{first[n]['decode_tok_s']:.0f}" if n in first else "" for n in ("eager", "graph", "compiled")]
+        cells.append(f"{best['roofline_share'] * 100:.1f} %")
+        cells.append(f"{best['itl_s']['p99'] / best['itl_s']['p50']:.2f}")
+        cells.append(f"{best['joules_per_token']:.2f}" if "joules_per_token" in best else "")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pair(found: dict) -> list[dict]:
+    """The rows of `PAIR`, where both are there."""
+    rows = {row["scheme"]: row for row in found["rows"] if row["model"] == found["rows"][0]["model"]}
+    return [rows[scheme] for scheme in PAIR] if set(PAIR) <= set(rows) else []
+
+
+def batches_table(found: dict) -> str:
+    """Where 4 bits stop being faster, and why: what one product takes."""
+    lines = [f"| batch | {PAIR[0]} tok/s | {PAIR[1]} | ratio | one product, µs | | |", "|--:|--:|--:|--:|--:|--:|--:|"]
+    ratios, rows = {}, pair(found)
+    for batch in BATCHES if rows else []:
+        speeds = [
+            s["decode_tok_s"] for row in rows for s in row["speed"] if (s["name"], s["batch"]) == ("graph", batch)
+        ]
+        taken = [p["us"] for row in rows for p in row.get("products", []) if p["rows"] == batch]
+        if len(speeds) == len(taken) == 2:
+            ratios[batch] = speeds[1] / speeds[0], taken[1] / taken[0]
+            cells = [batch, *(f"{s:.0f}" for s in speeds), f"{ratios[batch][0]:.2f} ×", *(f"{us:.1f}" for us in taken)]
+            lines.append(f"| {' | '.join(map(str, cells))} | {ratios[batch][1]:.2f} × |")
+    slower = [batch for batch, (ratio, _) in ratios.items() if ratio < 1]
+    if not slower:
+        return "\n".join(lines)
+    shape, at = " × ".join(map(str, rows[0]["products"][0]["shape"])), slower[0]
+    why = (
+        f"From batch {at} on {PAIR[1]} is slower than {PAIR[0]}: there a {shape} product takes\n{ratios[at][1]:.2f} times as "
+        f"long in 4 bits as in 16, at batch 1 {ratios[1][1]:.2f} times. Reading 16-bit weights takes the\nsame time for more "
+        f"rows, unpacking 4-bit ones does not."
+    )
+    return "\n".join([*lines, "", why])
+
+
+def own_table(found: dict) -> str:
+    """What transformers has itself, beside the graphs."""
+    lines = ["| decoding | batch | " + " | ".join(f"{scheme} tok/s" for scheme in PAIR) + " |", "|---|--:|--:|--:|"]
+    names = {"eager": "`generate`", "static": "`generate`, static cache", "continuous": "`generate_batch`, CUDA graphs"}
+    names |= {"graph": 'engine="graph"', "compiled": 'engine="compiled"'}
+    for name, called in names.items():
+        for batch in BATCHES:
+            cells = [
+                f"{s['decode_tok_s']:.0f}" if "failure" not in s else s["failure"]
+                for row in pair(found)
+                for s in row["speed"]
+                if (s["name"], s["batch"]) == (name, batch)
+            ]
+            if cells and batch in (1, 16):
+                lines.append(f"| {called} | {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -118,20 +253,20 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--weights", default="random")
     parser.add_argument("--scheme", action="append")
-    parser.add_argument("--engine", action="append", choices=["eager", "graph", "compiled"])
+    parser.add_argument("--engine", action="append", choices=["eager", "graph", "compiled", "static", "continuous"])
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--long", type=int, default=2048)
     parser.add_argument("--fast", action="store_true", help="eager and graph at batch 1 only")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("results/h100.json"))
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--tables", type=Path)
     asked = parser.parse_args()
-    if asked.table:
-        return print(table(json.loads(asked.table.read_text())))
+    if asked.tables:
+        return print(tables(json.loads(asked.tables.read_text())))
     if not torch.cuda.is_available():
         return print("benchmarks/gpu.py: PyTorch sees no GPU, nothing to measure")
-    found = {"env": record.environment(), "rows": []}
+    found = {"date": f"{datetime.date.today()}", "env": record.environment(), "rows": []}
     if asked.resume and asked.out.is_file():
         found = json.loads(asked.out.read_text())
     done = {(row["model"], row["scheme"]) for row in found["rows"]}
@@ -141,7 +276,7 @@ def main() -> None:
         if (model, scheme) not in done:
             found["rows"].append(of_scheme(model, asked.weights, scheme, asked))
             files.write_text(asked.out, json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    print(tables(found))
 
 
 if __name__ == "__main__":

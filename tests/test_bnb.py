@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwlib
-from qwlib.backends import bnb
+from qwlib.backends import bnb, hf
 
 AVX512_BF16 = bitsandbytes.functional.has_avx512bf16()
 
 
-def store(rows: int, columns: int, *, double: bool, quant_type: str = "nf4"):
+def stored_whole(rows: int, columns: int, *, double: bool, quant_type: str = "nf4"):
     """(original, Params4bit) of a random bfloat16 weight whose rows differ in size, as those of an embedding do."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=draw) * torch.rand(rows, 1, generator=draw)
@@ -58,13 +58,13 @@ def relative(a, b) -> float:
     quant_type=st.sampled_from(["nf4", "fp4"]),
 )
 def test_rows_follow_the_definition_for_any_shape(rows, columns, double, quant_type):
-    _, stored = store(rows, columns, double=double, quant_type=quant_type)
+    _, stored = stored_whole(rows, columns, double=double, quant_type=quant_type)
     ids = torch.randint(0, rows, (3, 5))
     assert torch.equal(bnb.dequantize_rows(stored.data, stored.quant_state, ids), by_definition(stored)[ids])
 
 
 def test_bitsandbytes_own_embedding_is_wrong_with_double_quantization():
-    weight, stored = store(2048, 128, double=True)
+    weight, stored = stored_whole(2048, 128, double=True)
     theirs = bitsandbytes.nn.Embedding4bit(2048, 128, dtype=torch.bfloat16)
     theirs.weight = stored
     ids = torch.randint(0, 2048, (64,), generator=torch.Generator().manual_seed(1))
@@ -78,7 +78,7 @@ def test_bitsandbytes_own_embedding_is_wrong_with_double_quantization():
 @pytest.mark.parametrize(("rows", "columns"), [(64, 96), (32, 72), (31, 64), (31, 33), (1001, 144)])
 @pytest.mark.parametrize("double", [False, True])
 def test_awkward_linear_layers_are_right(rows, columns, double):
-    weight, stored = store(rows, columns, double=double)
+    weight, stored = stored_whole(rows, columns, double=double)
     layer = bitsandbytes.nn.Linear4bit(columns, rows, bias=True, compute_dtype=torch.bfloat16)
     layer.weight, layer.bias = stored, torch.nn.Parameter(torch.ones(rows, dtype=torch.bfloat16))
     model = torch.nn.Sequential(layer).eval()
@@ -123,6 +123,68 @@ def test_an_8bit_embedding_is_within_its_step(lm):
     error = (rows.float() - table[ids].float()).abs() / step
     assert error.max() < 1.1  # half a step, and bfloat16's rounding of the product
     assert (error.max() > 0.3).item()
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 300), columns=st.integers(1, 150), fmt=st.sampled_from(["nf4", "nf4-dq", "fp4-dq", "int8"]))
+def test_a_weight_quantized_in_slices_is_the_one_quantized_whole(rows, columns, fmt):
+    kind = "nf4" if fmt == "int8" else fmt[:3]
+    weight, whole = stored_whole(rows, columns, double=fmt.endswith("-dq"), quant_type=kind)
+    if fmt == "int8":
+        whole = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bnb, "SLICE", 1 << 10)
+        stored = bnb.store(weight, fmt, torch.device("cpu"))
+    assert torch.equal(stored.data, whole.data)
+    if fmt == "int8":
+        assert torch.equal(stored.SCB, whole.SCB)
+        return
+    parts, others = stored.quant_state.as_dict(), whole.quant_state.as_dict()
+    assert parts.keys() == others.keys()
+    for name, part in parts.items():
+        assert torch.equal(part, others[name]) if isinstance(part, torch.Tensor) else part == others[name], name
+
+
+def test_an_8bit_head_is_its_codes_times_their_steps():
+    weight = stored_whole(700, 96, double=False)[0]
+    x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    bias = torch.nn.Parameter(torch.arange(700, dtype=torch.bfloat16))
+    stored = bnb.store(weight, "int8", torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(bnb, "SLICE", 1 << 10)
+        plain, biased = bnb.StoredHead(stored, None)(x), bnb.StoredHead(stored, bias)(x)
+    steps = weight.float().abs().amax(-1, keepdim=True) / 127
+    wanted = x.float() @ (stored.data * steps).T
+    assert plain.dtype == torch.bfloat16
+    assert relative(plain, wanted) < 0.005  # bfloat16 rounds by up to 0.4 %
+    assert relative(biased, wanted + bias) < 0.005
+    assert relative(plain, x.float() @ weight.float().T) > 0.005  # 8 bits are further away than the tolerance
+    assert relative(plain, wanted * 1.01) > 0.005
+
+
+def test_only_the_ends_wait_on_the_host(lm):
+    gpu = torch.device("cuda", 0)
+    placed = hf.placed(lm.model, gpu, ["model.embed_tokens", "lm_head"])
+    assert {name for name, where in placed.items() if where == "cpu"} == {"model.embed_tokens", "lm_head"}
+    parts = {name for name, _ in lm.model.named_parameters()}
+    owners = {part: [name for name in placed if part.startswith(name + ".")] for part in parts}
+    assert all(len(names) == 1 for names in owners.values())
+    assert hf.placed(lm.model, gpu, []) == {"": gpu}
+    assert hf.placed(lm.model, torch.device("cpu"), ["lm_head"]) == {"": torch.device("cpu")}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", ["nf4-all", "nf4-mixed"])
+def test_on_a_gpu_the_ends_never_stand_there_in_16_bits(scheme):
+    with qwlib.load("smollm2-135m", scheme) as lm:
+        held = lm.memory["weights_bytes"] + lm.memory["state_bytes"]
+        assert lm.memory["load_peak_bytes"] < held + 30e6  # an embedding of 57 MB in 16 bits
+        assert lm.engine.name == "CUDA graph, static cache"
+        assert {str(t.device) for t in (*lm.model.parameters(), *lm.model.buffers())} == {"cuda:0"}
+        assert {type(m).__name__ for m in lm.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)} == {
+            "GpuLinear4bit"
+        }
+        assert lm.stream(lm.encode("The capital of France is"), new_tokens=5).shape == (1, 5)
 
 
 def test_saving_a_quantized_embedding_is_refused(tmp_path):

@@ -78,7 +78,7 @@ def test_tokens_are_those_of_generate(family):
 
 
 def test_the_embedded_model_answers_alike_and_stops_alike():
-    with qwlib.load("smollm2-135m", "fp32") as lm:
+    with qwlib.load("smollm2-135m", "fp32", device="cpu") as lm:
         ids, mask = lm._prepare(lm.chat("Name a colour.", "What is the capital of Kenya? One word."))
         decoder, plain = steps(lm.model), lm.engine
         for ends in (True, False):

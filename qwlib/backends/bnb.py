@@ -1,8 +1,9 @@
 """bitsandbytes: the configuration that transformers takes, and ways around what bitsandbytes 0.50.2 gets wrong.
 
 transformers replaces the linear layers while it loads. What is left for this file is the embedding and the head (for
-schemes that store them too), and these faults, each of which a test in `tests/test_bnb.py` watches (the
-second in `tests/test_fourbit.py`):
+schemes that store them too), which are quantized some rows at a time so that a GPU never holds them in 16 bits, the one call
+that multiplies by a 4-bit weight on a GPU (`multiply`), and these faults, each of which a test in `tests/test_bnb.py` watches
+(the second in `tests/test_fourbit.py`):
 
 1. `Embedding4bit` with double quantization pairs a row's 8-bit scales with the second-level scales of other rows.
    `StoredEmbedding` gathers both by the row's own block numbers.
@@ -23,23 +24,30 @@ from .. import estimates, schemes
 from ..errors import QwlibError
 from . import hf
 
+SLICE = 1 << 22  # weights of an embedding or a head that are quantized at a time: 8 MB in 16 bits
+
 
 def fill(lm, source: str) -> None:
     """Load what `source` holds, quantized while it is loaded if it is not quantized yet."""
-    hf.read(lm, source, None if lm.saved else _wanted(lm))
-    finish(lm.model, lm.scheme, lm.dtype)
+    if lm.saved:
+        hf.read(lm, source)
+    else:
+        shapes = estimates.meta_model(lm.row)
+        names = {id(module): name for name, module in shapes.named_modules()}
+        embedding, head = shapes.get_input_embeddings(), shapes.get_output_embeddings()
+        keep = [names[id(head)]] if id(head) in names else []
+        wait = [names[id(embedding)], *keep] if _stores_ends(lm.scheme) else []
+        settings = config(lm.scheme.linear, lm.dtype, keep)
+        settings.llm_int8_enable_fp32_cpu_offload = bool(
+            wait
+        )  # else transformers refuses that a part waits on the host
+        hf.read(lm, source, settings, hf.placed(shapes, lm.device, wait))
+    finish(lm.model, lm.scheme, lm.dtype, lm.device)
     hf.finish(lm)
 
 
-def _wanted(lm):
-    shapes = estimates.meta_model(lm.row)
-    formats = schemes.plan(shapes, lm.scheme)
-    head = shapes.get_output_embeddings()
-    return config(
-        lm.scheme.linear,
-        lm.dtype,
-        [name for name, module in shapes.named_modules() if name in formats and module is head],
-    )
+def _stores_ends(scheme) -> bool:
+    return scheme.embedding != scheme.base
 
 
 def config(fmt: str, dtype, keep: list[str]):
@@ -89,8 +97,7 @@ class StoredEmbedding(nn.Module):
 
     def forward(self, ids):
         if _is_int8(self.weight):
-            # Int8Params: a row's codes times its absolute maximum over 127 (LLM.int8(), arXiv 2208.07339)
-            rows = self.weight.data[ids] * (self.weight.SCB[ids].unsqueeze(-1) / 127)
+            rows = self.weight.data[ids] * int8_steps(self.weight)[ids].unsqueeze(-1)
         else:
             rows = dequantize_rows(self.weight.data, self.weight.quant_state, ids)
         rows = rows.to(self.dtype)
@@ -99,6 +106,48 @@ class StoredEmbedding(nn.Module):
     def _save_to_state_dict(self, *_):
         # bitsandbytes can't save its own quantized embeddings either; without this the scales would be lost silently
         raise NotImplementedError("a quantized embedding can't be saved: save the model as nf4-dq, or in 16-bit")
+
+
+class StoredHead(nn.Module):
+    """A head in 8 bits on a GPU: codes times inputs in the inputs' type, some rows at a time, then every row's scale.
+
+    Its inputs stay as they are; LLM.int8() looks for outliers among them on the host at every step, which no graph can.
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x):
+        rows = max(1, 4 * SLICE // self.in_features)
+        parts = [nn.functional.linear(x, codes.to(x.dtype)) for codes in self.weight.data.split(rows)]
+        out = (torch.cat(parts, -1) * int8_steps(self.weight)).to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+
+def int8_steps(weight):
+    """What one step of a row's 8-bit codes stands for, (rows,) in float32: a 127th of the row's absolute maximum.
+
+    Source: LLM.int8(), arXiv 2208.07339, section 2.
+    """
+    return weight.SCB / 127
+
+
+def multiply(x, weight, bias=None):
+    """x (… × columns) times a `Params4bit` (rows × columns) on a GPU, all in x's type: the one place for another kernel.
+
+    bitsandbytes' has its own product for few rows of x, and dequantizes the weight first for more.
+    """
+    return bnb.matmul_4bit(x, weight, bias=bias, quant_state=weight.quant_state)
+
+
+class GpuLinear4bit(bnb.nn.Linear4bit):
+    """A 4-bit linear layer on a GPU, multiplied by `multiply`."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return multiply(x.to(self.compute_dtype), self.weight, bias).to(x.dtype)
 
 
 class AnyShapeLinear4bit(bnb.nn.Linear4bit):
@@ -110,11 +159,11 @@ class AnyShapeLinear4bit(bnb.nn.Linear4bit):
         return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
-def finish(model, scheme, dtype) -> None:
+def finish(model, scheme, dtype, device) -> None:
     """What is left to do once transformers has loaded and quantized the linear layers of `model`."""
     with torch.no_grad():
-        if scheme.embedding not in ("fp32", "bf16", "fp16"):
-            store_ends(model, scheme.embedding, scheme.head, dtype)
+        if _stores_ends(scheme):
+            store_ends(model, scheme.embedding, scheme.head, dtype, device)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = (
@@ -124,19 +173,26 @@ def finish(model, scheme, dtype) -> None:
 
 
 def mend(model) -> int:
-    """Give every 4-bit layer whose shape the CPU kernels get wrong a forward that is right; how many there were."""
+    """Give every 4-bit layer whose shape the CPU kernels get wrong a forward that is right; how many there were.
+
+    On a GPU all get one that goes through `multiply`, and none counts.
+    """
     mended = 0
     for module in model.modules():
-        if type(module) is not bnb.nn.Linear4bit or module.weight.device.type != "cpu":
+        if type(module) is not bnb.nn.Linear4bit:
             continue
-        if module.in_features % module.weight.blocksize or module.out_features % 32:
+        if module.weight.device.type == "cuda":
+            module.__class__ = GpuLinear4bit
+        elif module.weight.device.type != "cpu":
+            continue
+        elif module.in_features % module.weight.blocksize or module.out_features % 32:
             module.__class__ = AnyShapeLinear4bit
             mended += 1
     return mended
 
 
-def store_ends(model, embedding_fmt: str, head_fmt: str, dtype) -> None:
-    """Replace the input embedding and the output head of a loaded model by quantized ones; a tied pair stays tied.
+def store_ends(model, embedding_fmt: str, head_fmt: str, dtype, device) -> None:
+    """Replace the input embedding and the output head of a loaded model by quantized ones on `device`; a tied pair stays tied.
 
     Raises QwlibError where the embedding does more than look rows up and scale them, or a tied pair is asked to differ.
     """
@@ -148,10 +204,11 @@ def store_ends(model, embedding_fmt: str, head_fmt: str, dtype) -> None:
     if tied and embedding_fmt != head_fmt:
         raise QwlibError("embedding and head are one tensor in this model: choose a scheme that stores them alike")
     names = {id(module): name for name, module in model.named_modules()}
-    weight = _store(embedding.weight, embedding_fmt)
+    scale = None if scale is None else scale.to(device)
+    weight = store(embedding.weight, embedding_fmt, device)
     model.set_submodule(names[id(embedding)], StoredEmbedding(weight, dtype, scale).eval())
     if head is not None:
-        weight = _twin(weight) if tied else _store(head.weight, head_fmt)
+        weight = _twin(weight) if tied else store(head.weight, head_fmt, device)
         model.set_submodule(names[id(head)], _head(weight, head, dtype))
 
 
@@ -159,15 +216,36 @@ def _is_int8(weight) -> bool:
     return isinstance(weight, bnb.nn.Int8Params)
 
 
-def _store(weight, fmt: str):
-    if fmt == "int8":  # Int8Params quantizes only on its way from the host to a device
-        return bnb.nn.Int8Params(weight.data.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
-    return bnb.nn.Params4bit(
-        weight.data,
-        requires_grad=False,
-        quant_type=fmt.removesuffix("-dq"),
-        compress_statistics=fmt.endswith("-dq"),
-    ).to(weight.device)
+def store(weight, fmt: str, device):
+    """`Params4bit` or `Int8Params` on `device` of a weight (rows × columns) that may lie elsewhere.
+
+    Some rows go there at a time, whole blocks of scales each; the bytes are those of quantizing it at once.
+    """
+    weight, (rows, columns) = weight.data, weight.shape
+    step = max(1, SLICE // columns // schemes.BLOCK) * schemes.BLOCK
+    starts = range(0, rows, step)
+    if fmt == "int8":
+        codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        scales = torch.empty(rows, device=device)
+        for at in starts:  # in fp16, as bitsandbytes' own Int8Params does it
+            part = weight[at : at + step].to(device, torch.float16)
+            codes[at : at + step], scales[at : at + step], _ = bnb.functional.int8_vectorwise_quant(part)
+        return bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    kind, nested = fmt.removesuffix("-dq"), fmt.endswith("-dq")
+    codes = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=device)
+    scales = torch.empty(-(-weight.numel() // schemes.BLOCK), device=device)
+    for at in starts:
+        packed, state = bnb.functional.quantize_4bit(weight[at : at + step].to(device), quant_type=kind)
+        codes[at * columns // 2 :][: len(packed)] = packed
+        scales[at * columns // schemes.BLOCK :][: len(state.absmax)] = state.absmax
+    state.shape, state.absmax = weight.shape, scales
+    if nested:  # the scales, less their mean, in 8 bits: QLoRA, arXiv 2305.14314, section 3
+        state.nested, state.offset = True, scales.mean()
+        state.absmax, state.state2 = bnb.functional.quantize_blockwise(
+            scales - state.offset, blocksize=schemes.NESTED_BLOCK
+        )
+    settings = {"quant_type": kind, "compress_statistics": nested, "bnb_quantized": True}
+    return bnb.nn.Params4bit(codes, requires_grad=False, quant_state=state, **settings)
 
 
 def _twin(weight):
@@ -182,13 +260,14 @@ def _twin(weight):
 
 
 def _head(weight, old, dtype):
-    has_bias = old.bias is not None
+    bias = None if old.bias is None else nn.Parameter(old.bias.to(weight.device), requires_grad=False)
+    if _is_int8(weight) and weight.device.type == "cuda":
+        return StoredHead(weight, bias).eval()
+    shape = (old.in_features, old.out_features, bias is not None)
     with torch.device("meta"):
         if _is_int8(weight):
-            new = bnb.nn.Linear8bitLt(
-                old.in_features, old.out_features, has_bias, has_fp16_weights=False, threshold=6.0
-            )
+            new = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)
         else:
-            new = bnb.nn.Linear4bit(old.in_features, old.out_features, has_bias, compute_dtype=dtype)
-    new.weight, new.bias = weight, old.bias
+            new = bnb.nn.Linear4bit(*shape, compute_dtype=dtype)
+    new.weight, new.bias = weight, bias
     return new.requires_grad_(False).eval()  # in training mode bitsandbytes takes a slower path

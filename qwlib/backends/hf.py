@@ -23,24 +23,29 @@ def fill(lm, source: str) -> None:
     finish(lm)
 
 
-def read(lm, source: str, quantization=None) -> None:
+def read(lm, source: str, quantization=None, place: dict | None = None) -> None:
     """The plain transformers model of `lm`, quantized while it is loaded if a configuration is given.
+
+    `place`: a device map (`placed`) whose host part waits there to be dealt with; without it all goes to the device.
 
     Raises QwlibError where weights are missing or of another shape; transformers would make them up.
     """
+    from accelerate.hooks import remove_hook_from_submodules
     from transformers import AutoModelForCausalLM
 
     with quiet():
         lm.model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=lm.dtype,
-            device_map={"": lm.device},
+            device_map=place or {"": lm.device},
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
             **({"quantization_config": quantization} if quantization else {}),  # None would hide what the folder says
         )
+    if place and len(place) > 1:  # transformers would carry that part to and fro at every call
+        remove_hook_from_submodules(lm.model)
     lm.model.eval()
     lm.tokenizer = tokenizer(lm, source)
     if absent := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
@@ -49,6 +54,23 @@ def read(lm, source: str, quantization=None) -> None:
         )
     if lm.device.type == "cpu":
         memory.own(lm.model)
+
+
+def placed(shapes, device, wait: list[str]) -> dict:
+    """transformers' device map: everything on `device` but the modules named in `wait`; no entry lies within another."""
+    if not wait or device.type == "cpu":
+        return {"": device}
+
+    def below(module, name):
+        if name in wait:
+            yield name, "cpu"
+        elif any(other.startswith(f"{name}." if name else "") for other in wait):
+            for child, part in module.named_children():
+                yield from below(part, f"{name}.{child}" if name else child)
+        else:
+            yield name, device
+
+    return dict(below(shapes, ""))
 
 
 def finish(lm) -> None:
