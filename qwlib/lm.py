@@ -171,13 +171,20 @@ def pad_left(rows: list[list[int]]):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' weight-by-weight progress bar says nothing that the caller's own does not."""
+    """transformers' weight-by-weight progress bar says nothing that the caller's own does not, nor does accelerate of parts
+    that wait on the host.
+    """
+    import logging as python_logging
+
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, accelerate = logging.is_progress_bar_enabled(), python_logging.getLogger("accelerate")
+    level = accelerate.level
     logging.disable_progress_bar()
+    accelerate.setLevel(python_logging.ERROR)
     try:
         yield
     finally:
+        accelerate.setLevel(level)
         if shown:
             logging.enable_progress_bar()

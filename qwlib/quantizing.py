@@ -66,6 +66,7 @@ def quantize(
                         lm.save(made)
                 if not artefacts.is_complete(artefacts.parts(made)):
                     raise QwlibError(f"{scheme.name} could not be made: its maker wrote no weights")
+                _tidy(made)
                 found["seconds"] = round(time.perf_counter() - began, 1)
                 if "calibration" in wanted:
                     found["calibration"] = wanted["calibration"] | {"sequences": found.pop("sequences")}
@@ -73,6 +74,12 @@ def quantize(
         return _found(folder, wanted)
     except OSError as error:
         raise QwlibError(f"{folder} can't be written: {error.strerror or error}") from None
+
+
+def _tidy(made: Path) -> None:
+    """Take out what loading never reads: makers leave logs."""
+    for path in set(made.iterdir()) - {made / name for name in artefacts.parts(made)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check(row: catalog.Model, scheme: schemes.Scheme, text: str | None) -> None:

@@ -96,6 +96,7 @@ RECORD = _part(
     artefact=_part(
         "file_bytes tools",
         file_bytes=_COUNT,
+        sha256=_TEXT,
         seconds=_NUMBER,
         made_on=_TEXT,
         tools={"type": "object", "additionalProperties": _TEXT},

@@ -165,7 +165,11 @@ def describe_model(lm, parameters: int) -> dict:
 
 def describe_artefact(manifest: dict) -> dict:
     """The `artefact` part of a record: what its files take, and how they were made."""
-    part = {"file_bytes": artefacts.weight_bytes(manifest), "tools": manifest["tools"]}
+    part = {
+        "file_bytes": artefacts.weight_bytes(manifest),
+        "tools": manifest["tools"],
+        "sha256": artefacts.digest(manifest),
+    }
     part |= {key: manifest[key] for key in ("seconds", "made_on", "settings", "calibration") if key in manifest}
     if "calibration" in part:
         part["calibration"] = {key: fact for key, fact in part["calibration"].items() if key != "sequences"}

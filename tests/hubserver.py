@@ -10,7 +10,7 @@ Hub; a commit that names a large file which never came whole is refused. `faults
     hub.faults.append(Fault("PUT /lfs/", status=500, times=2))
 
 Source of the routes and their fields: huggingface_hub 2.4.0's own requests (hf_api.py, _commit_api.py, lfs.py, file_download.py),
-and Git LFS's batch API. What it leaves out: Xet, branches, pull requests, anything but models.
+and Git LFS's batch API. What it leaves out: Xet, branches, pull requests, writing to data sets.
 """
 
 import base64
@@ -32,8 +32,9 @@ LARGE = 1 << 20  # bytes from which a file goes to LFS; the Hub also takes what 
 class Fault:
     """What happens to requests whose "METHOD /path" begins with `match`.
 
-    `status` is answered with `headers` and `body`, the connection is `cut` in the middle, the answer comes `wait` seconds late,
-    or what was sent is damaged (`corrupt`). `skip` requests pass first; then it happens `times` times.
+    `status` is answered with `headers` and `body`, the connection is `cut` in the middle, the answer comes `wait` seconds late or
+    is `lost` after all was done, or what was sent is damaged (`corrupt`). `skip` requests pass first; then it happens
+    `times` times.
     """
 
     match: str
@@ -41,6 +42,7 @@ class Fault:
     headers: dict = field(default_factory=dict)
     body: bytes = b"{}"
     cut: bool = False
+    lost: bool = False
     wait: float = 0.0
     corrupt: bool = False
     times: int = 1
@@ -65,6 +67,7 @@ class Hub:
         self.blobs, self.users, self.multipart = Path(folder) / "blobs", users, multipart
         self.blobs.mkdir(parents=True, exist_ok=True)
         self.repositories: dict[str, Repository] = {}
+        self.gated: set[str] = set()  # whose licence nobody here has accepted
         self.faults: list[Fault] = []
         self.seen: list[tuple[str, str, str | None]] = []
         self.parts: dict[tuple[str, int], bytes] = {}
@@ -94,10 +97,18 @@ class Hub:
     def content(self, repository: str, path: str) -> bytes:
         return (self.blobs / self.repositories[repository].files[path]).read_bytes()
 
+    def fill(self, repository: str, content: dict[str, bytes]) -> None:
+        """Make a public repository (`datasets/OWNER/NAME` for data) as if it had been there before."""
+        self.repositories[repository] = Repository(False, {path: self.keep(data) for path, data in content.items()})
+
     def keep(self, data: bytes) -> str:
         name = hashlib.sha256(data).hexdigest()
         (self.blobs / name).write_bytes(data)
         return name
+
+    def git_oid(self, name: str) -> str:
+        data = (self.blobs / name).read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     def fault(self, line: str) -> Fault | None:
         with self.lock:
@@ -155,6 +166,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         if fault and fault.corrupt:
             body = body[:-1] + bytes([body[-1] ^ 1]) if body else b"?"
+        self.silent = bool(fault and fault.lost)
         if fault and fault.status:
             return self.reply(fault.status, fault.body, fault.headers)
         if (self.headers.get("Authorization") or "") and self.user is None:
@@ -186,6 +198,9 @@ class Request(http.server.BaseHTTPRequestHandler):
         self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def reply(self, status: int, body: bytes = b"", headers: dict | None = None) -> None:
+        if self.silent:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -196,6 +211,8 @@ class Request(http.server.BaseHTTPRequestHandler):
     def repository(self, name: str, write: bool = False) -> Repository:
         """The repository, if this user may see it, or write it."""
         found, own = self.hub.repositories.get(name), name.partition("/")[0] == self.user
+        if name in self.hub.gated:
+            raise Refused(403, f"Access to model {name} is restricted", "GatedRepo")
         if found is None or (found.private and not own):  # a private one is not there for others
             raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write and not own:
@@ -203,7 +220,8 @@ class Request(http.server.BaseHTTPRequestHandler):
         return found
 
 
-NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
+NAME = r"(?P<name>(?:datasets/)?[\w.-]+/[\w.-]+)"
+API = rf"/api/(?:models/)?{NAME}"  # data sets: /api/datasets/OWNER/NAME
 
 
 @route("GET", "/api/whoami-v2")
@@ -236,7 +254,7 @@ def validate(request, body):
     request.json({"errors": [], "warnings": []})
 
 
-@route("POST", rf"/api/models/{NAME}/preupload/main")
+@route("POST", rf"{API}/preupload/main")
 def preupload(request, body, name):
     repository, answers = request.repository(name, write=True), []
     for file in json.loads(body)["files"]:
@@ -245,8 +263,7 @@ def preupload(request, body, name):
         held = repository.files.get(file["path"])
         oid = None
         if held:
-            data = (request.hub.blobs / held).read_bytes()
-            oid = held if large else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            oid = held if large else request.hub.git_oid(held)
         mode = "lfs" if large else "regular"
         answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
     request.json({"files": answers})
@@ -308,7 +325,7 @@ def verify(request, body, name):
     request.json({})
 
 
-@route("POST", rf"/api/models/{NAME}/commit/main")
+@route("POST", rf"{API}/commit/main")
 def commit(request, body, name):
     repository, lines = request.repository(name, write=True), [json.loads(line) for line in body.splitlines()]
     header, changes = lines[0]["value"], lines[1:]
@@ -337,7 +354,7 @@ def commit(request, body, name):
     request.json({"success": True, "commitOid": repository.head, "commitUrl": address, "hookOutput": ""})
 
 
-@route("GET", rf"/api/models/{NAME}(/revision/[\w.-]+)?")
+@route("GET", rf"{API}(/revision/[\w.-]+)?")
 def info(request, _, name):
     repository = request.repository(name)
     siblings = [{"rfilename": path} for path in sorted(repository.files)]
@@ -348,17 +365,17 @@ def info(request, _, name):
 
 def _entry(request, path: str, oid: str) -> dict:
     size = (request.hub.blobs / oid).stat().st_size
-    entry = {"type": "file", "path": path, "size": size, "oid": oid[:40]}
+    entry = {"type": "file", "path": path, "size": size, "oid": request.hub.git_oid(oid)}
     return entry | ({"lfs": {"oid": oid, "size": size, "pointerSize": 134}} if size >= LARGE else {})
 
 
-@route("GET", rf"/api/models/{NAME}/tree/[\w.-]+")
+@route("GET", rf"{API}/tree/[\w.-]+")
 def tree(request, _, name):
     files = request.repository(name).files
     request.json([_entry(request, path, oid) for path, oid in sorted(files.items())])
 
 
-@route("POST", rf"/api/models/{NAME}/paths-info/[\w.-]+")
+@route("POST", rf"{API}/paths-info/[\w.-]+")
 def paths_info(request, body, name):
     files = request.repository(name).files
     request.json([_entry(request, path, files[path]) for path in json.loads(body)["paths"] if path in files])

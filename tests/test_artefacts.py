@@ -183,6 +183,19 @@ def test_an_interrupted_quantization_leaves_nothing(made, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_logs_of_makers_stay_out(tiny_folder, tmp_path, monkeypatch):
+    save = quantizing.loading.Lm.save
+
+    def talkative(lm, folder):
+        save(lm, folder)
+        (folder / "quant_log.csv").write_text("layer,loss")
+        (folder / "logs").mkdir()
+
+    monkeypatch.setattr(quantizing.loading.Lm, "save", talkative)
+    made = quantizing.quantize(tiny_folder("llama"), "nf4", tmp_path / "made")
+    assert {path.name for path in made.iterdir()} == {*artefacts.read(made)["files"], "qwlib.json"}
+
+
 def test_a_disk_without_room_is_told_beforehand(made, tmp_path, monkeypatch):
     monkeypatch.setattr(quantizing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(QwlibError, match="GB on disk"):
