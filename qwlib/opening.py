@@ -1,6 +1,6 @@
 """The opening that all notebooks share: badge and set-up cell, generated from the address in pyproject.toml.
 
-A fork changes the address there, runs `make links`, and every badge and every installation line follows.
+A fork changes the address there, runs `make links`, and every badge, every installation line and the nightly workflow follow.
 """
 
 import json
@@ -37,12 +37,13 @@ def setup(slug: str) -> str:
 
 
 def write(root: Path) -> list[Path]:
-    """Bring badges and set-up cells up to date; the files that changed come back."""
+    """Bring badges, set-up cells and the nightly workflow up to date; the files that changed come back."""
     slug = address(root)
     changed = []
-    for path in [root / "README.md", *sorted((root / "notebooks").glob("*.ipynb"))]:
+    texts = [root / "README.md", *(root / "docs").glob("*.md"), *(root / ".github" / "workflows").glob("*.yml")]
+    for path in [*sorted(texts), *sorted((root / "notebooks").glob("*.ipynb"))]:
         old = path.read_text(encoding="utf-8")
-        new = _notebook(old, slug, path.name) if path.suffix == ".ipynb" else _readme(old, slug)
+        new = _notebook(old, slug, path.name) if path.suffix == ".ipynb" else _text(old, slug)
         if new != old:
             changed.append(files.write_text(path, new))
     return changed
@@ -60,6 +61,15 @@ def _notebook(text: str, slug: str, name: str) -> str:
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def _readme(text: str, slug: str) -> str:
-    text = re.sub(rf"({re.escape(_COLAB)}/github/)[\w.-]+/[\w.-]+(/blob)", rf"\g<1>{slug}\g<2>", text)
-    return re.sub(r"(git clone https://github\.com/)[\w.-]+/[\w.-]+", rf"\g<1>{slug}", text)
+def _text(text: str, slug: str) -> str:
+    """Colab's links, the address to clone or install from, status badges, and the workflow's own repository."""
+    name = r"[\w.-]+/[\w-]+(?:\.[\w-]+)*"
+    hub = r"https://github\.com/"
+    places = (
+        f"{re.escape(_COLAB)}/github/",
+        f"clone {hub}",
+        rf"git\+{hub}",
+        rf"{hub}(?={name}/actions)",
+        r"repository == '",
+    )
+    return re.sub(f"({'|'.join(places)}){name}", rf"\g<1>{slug}", text)

@@ -99,6 +99,18 @@ def memory_bars(rows: dict[str, dict[str, int]]):
     return figure
 
 
+def bars(rows: dict[str, float], unit: str):
+    """One bar a scheme, its number beside it; `unit` is the axis' label."""
+    figure, (ax,) = axes(height=0.9 + 0.32 * len(rows))
+    drawn = ax.barh(list(rows), list(rows.values()), color=COLOURS[0])
+    ax.bar_label(drawn, fmt="%.1f", padding=4, color=INK)
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel(unit)
+    return figure
+
+
 def predicted_and_measured(rows: dict[str, tuple[float, float]], unit: str):
     """Pairs of bars on a logarithmic axis; `rows` maps a label to (prediction, measurement)."""
     figure, (ax,) = axes(width=6.0)

@@ -1,123 +1,223 @@
-"""The index page of a run: one self-contained HTML file, no network, light and dark.
+"""The index page of a run: one self-contained HTML file, no network and no scripts, light and dark, readable on a phone.
 
-Verdict first, a row a notebook, then each notebook's figures. Everything that a notebook or a model wrote is escaped.
+Verdict first, a row a notebook, regressions with their probable causes, what a byte buys, every gated figure with its trend,
+and the notebooks' own figures. Jinja escapes all that a model or a notebook wrote. `summary.md` says the same in short, and is
+added to GitHub's step summary where there is one.
 """
 
-import html
-import json
+import base64
+import os
 from pathlib import Path
 
-from . import files
+from . import files, gates, pages
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #0072b2; --bad: #d55e00; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.passed { color: var(--good); font-weight: 600; } .failed, .timeout { color: var(--bad); font-weight: 600; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; border-radius: 6px; } .scroll { overflow-x: auto; }
-"""
+TEMPLATE = Path(__file__).parent / "data" / "report.html"
+GOOD, BAD = ("passed", "fine", "accepted"), ("failed", "timeout", "error", "regression")
 
 
 def write(folder: Path, outcomes: list) -> Path:
-    """Write `index.html` into the run's folder, and each executed notebook as a page beside it."""
+    """Write `index.html` into a run's folder, and each executed notebook as a page beside it."""
     passed = sum(o.status == "passed" for o in outcomes)
-    environment = next((o.record["env"] for o in outcomes if o.record), None)
-    parts = [
-        f"<h1>{passed} of {len(outcomes)} notebooks passed</h1>",
-        f"<p>{html.escape(_where(folder, environment))}</p>",
-    ]
-    parts.append('<div class="scroll"><table><tr><th>notebook</th><th>status</th><th>time</th><th>reason</th></tr>')
-    for o in outcomes:
-        page = _page(o.executed)
-        name = f'<a href="{html.escape(page.name)}">{html.escape(o.name)}</a>' if page else html.escape(o.name)
-        parts.append(
-            f'<tr><td>{name}</td><td class="{o.status}">{o.status}</td><td class="n">{o.seconds:.0f} s</td>'
-            f"<td>{html.escape(o.reason)}</td></tr>"
-        )
-    parts.append("</table></div>")
-    for o in outcomes:
-        figures = _figures(o.executed)
-        if figures:
-            parts.append(f"<h2>{html.escape(o.name)}</h2>")
-            parts += [
-                f'<figure><img alt="{html.escape(a)}" src="data:image/png;base64,{f}"></figure>' for a, f in figures
-            ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>qwlib</title><style>{_STYLE}</style>'
-    return files.write_text(
-        folder / "index.html",
-        f"<!doctype html>\n<html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n",
+    verdict, fine = f"{passed} of {len(outcomes)} notebooks passed", passed == len(outcomes)
+    return _render(folder, outcomes, verdict=verdict, fine=fine, where=_where(folder, outcomes))
+
+
+def write_night(night) -> Path:
+    """Write `index.html` and `summary.md` of a night as far as it is: half a night has a page too."""
+    done = {o.name for o in night.outcomes}
+    waiting = [{"name": name, "status": "not run yet", "look": "soft"} for name in night.names if name not in done]
+    trends = {name: [n["figures"][name] for n in night.nights if name in n["figures"]] for name in _figures(night)}
+    words = verdict(night)
+    where = f"{night.size}, {_where(night.folder, night.outcomes)}"
+    page = _render(
+        night.folder,
+        night.outcomes,
+        waiting=waiting,
+        verdict=words,
+        fine=night.finished and night.code == 0,
+        where=where,
+        notes=[*night.trouble, *night.notes],
+        regressions=[_shown(f) for f in night.findings if f.state == "regression"],
+        groups=_groups(night.findings, trends),
+        plots=_plots(night.outcomes),
     )
-
-
-def _where(folder: Path, environment: dict | None) -> str:
-    if environment is None:
-        return folder.name
-    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    return f"{folder.name} UTC on {environment['device']} ({environment['cpu']}); Python {environment['python']}, {versions}"
-
-
-def _cells(executed: Path) -> list[dict]:
-    try:
-        return json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError):
-        return []
-
-
-def _figures(executed: Path) -> list[tuple[str, str]]:
-    """(heading that the figure stands under, PNG as base64) of every figure in an executed notebook."""
-    figures, heading = [], executed.stem
-    for cell in _cells(executed):
-        if cell["cell_type"] == "markdown":
-            lines = "".join(cell["source"]).splitlines()
-            heading = next((line.lstrip("# ") for line in lines if line.startswith("#")), heading)
-        for output in cell.get("outputs", []):
-            if png := output.get("data", {}).get("image/png"):
-                figures.append((heading, "".join(png).replace("\n", "")))
-    return figures
-
-
-def _page(executed: Path) -> Path | None:
-    """The executed notebook as HTML, with harmless tags only and nothing from the network; None where there is no copy."""
-    if not _cells(executed):
-        return None
-    from nbconvert import HTMLExporter
-    from traitlets.config import Config
-
-    page = executed.with_suffix(".html")
-    if not page.exists():
-        urls = dict.fromkeys(("mathjax_url", "require_js_url", "mermaid_js_url", "jquery_url"), "")
-        tags = Config(SanitizeHTML={"tags": _harmless_tags()})
-        exporter = HTMLExporter(config=tags, sanitize_html=True, filters={"clean_html": _clean}, **urls)
-        body, _ = exporter.from_notebook_node(_without_style_sheets(executed))
-        files.write_text(page, body)
+    summary = _markdown(night, words, where)
+    files.write_text(night.folder / "summary.md", summary)
+    if night.finished and (shared := os.environ.get("GITHUB_STEP_SUMMARY")):
+        with open(shared, "a", encoding="utf-8") as file:
+            file.write(summary)
     return page
 
 
-def _without_style_sheets(executed: Path):
-    """The notebook, its tables bare: cleaning would take a style sheet's tag away and leave its text standing."""
-    import re
-
-    import nbformat
-
-    notebook = nbformat.read(executed, as_version=4)
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if html_text := output.get("data", {}).get("text/html"):
-                output["data"]["text/html"] = re.sub(r"(?is)<style.*?</style>", "", html_text)
-    return notebook
-
-
-def _harmless_tags() -> list[str]:
-    from bleach import ALLOWED_TAGS
-
-    more = "p h1 h2 h3 h4 table thead tbody tr th td pre span div details summary hr br"
-    return [*ALLOWED_TAGS, *more.split()]
+def verdict(night) -> str:
+    """One line: what the night says."""
+    passed = sum(o.status == "passed" for o in night.outcomes)
+    skipped = sum(o.status == "skipped" for o in night.outcomes)
+    ran = f"{passed} of {len(night.names) - skipped} notebooks passed" + (f", {skipped} skipped" if skipped else "")
+    if not night.finished:
+        return f"Not finished: {ran} so far"
+    worse = sum(f.state == "regression" for f in night.findings)
+    judged = worse + sum(f.state in ("fine", "accepted") for f in night.findings)
+    held = (
+        f"{worse} of {judged} figures regressed"
+        if worse
+        else f"{judged} figures held"
+        if judged
+        else "no figure judged"
+    )
+    return f"{('Fine', 'Regression', 'Failed', 'The harness failed')[night.code]}: {ran}, {held}"
 
 
-def _clean(fragment) -> str:
-    """A fragment of HTML with harmless tags left; nbconvert's own filter would show headings and paragraphs as markup."""
-    from bleach import clean
+def _figures(night) -> set[str]:
+    return {finding.name for finding in night.findings}
 
-    return clean(str(fragment), tags=_harmless_tags(), attributes={"a": ["href"], "*": ["class", "id"]}, strip=True)
+
+def _render(folder: Path, outcomes: list, *, waiting: list = (), **parts) -> Path:
+    import jinja2
+
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined).from_string(
+        TEMPLATE.read_text("utf-8")
+    )
+    drawn = [{"name": o.name, "figures": pages.figures(o.executed)} for o in outcomes]
+    rows = [_row(outcome) for outcome in outcomes] + list(waiting)
+    page = template.render(notebooks=rows, drawn=[each for each in drawn if each["figures"]], **parts)
+    return files.write_text(Path(folder) / "index.html", page)
+
+
+def _row(outcome) -> dict:
+    return {
+        "name": outcome.name,
+        "page": pages.write(outcome.executed),
+        "status": outcome.status,
+        "look": _look(outcome.status),
+        "time": f"{outcome.seconds:.0f} s" if outcome.seconds else "",
+        "memory": f"{outcome.peak_bytes / 1e9:.2f} GB" if outcome.peak_bytes else "",
+        "reason": outcome.reason,
+        "category": outcome.category,
+        "signature": outcome.signature,
+    }
+
+
+def _look(state: str) -> str:
+    return "good" if state in GOOD else "bad" if state in BAD else "soft"
+
+
+def _where(folder: Path, outcomes: list) -> str:
+    environment = next((o.record["env"] for o in outcomes if o.record), None)
+    if environment is None:
+        return Path(folder).name
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    device = f"{environment['device']} ({environment['cpu']})"
+    return f"{Path(folder).name} UTC on {device}; Python {environment['python']}, {versions}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _shown(finding) -> dict:
+    tolerance = "exact" if finding.tolerance == 0 else f"± {_number(finding.tolerance)}" if finding.tolerance else ""
+    return {
+        "name": finding.name,
+        "short": finding.name.partition("/")[2],
+        "state": finding.state,
+        "look": _look(finding.state),
+        "now": _number(finding.now),
+        "before": _number(finding.before),
+        "tolerance": tolerance,
+        "cause": finding.cause,
+        "why": finding.cause if finding.state != "regression" else "",
+    }
+
+
+def _groups(findings: list, trends: dict[str, list[float]]) -> list[dict]:
+    """The findings by notebook, each with its trend over the nights."""
+    groups = []
+    for notebook in sorted({f.name.partition("/")[0] for f in findings}):
+        own = [f for f in findings if f.name.partition("/")[0] == notebook]
+        shown = [_shown(f) | {"trend": _trend(trends.get(f.name, []))} for f in sorted(own, key=lambda f: f.name)]
+        counts = {state: sum(f.state == state for f in own) for state in dict.fromkeys(f.state for f in own)}
+        summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+        groups.append({"name": notebook, "summary": summary, "figures": shown, "open": "regression" in counts})
+    return groups
+
+
+def _trend(values: list[float]) -> dict | None:
+    """A line through the last thirty nights, in a box of 110 by 24, and a dot on the last; None for a single night."""
+    values = values[-30:]
+    if len(values) < 2:
+        return None
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    points = [
+        (4 + 102 * i / (len(values) - 1), 20 - 16 * (v - low) / span if high > low else 12)
+        for i, v in enumerate(values)
+    ]
+    x, y = points[-1]
+    return {
+        "points": " ".join(f"{a:.1f},{b:.1f}" for a, b in points),
+        "x": f"{x:.1f}",
+        "y": f"{y:.1f}",
+        "title": f"{len(values)} nights, {_number(low)} to {_number(high)}",
+    }
+
+
+def _plots(outcomes: list) -> list[dict]:
+    """Memory against quality, and speed, of the notebook with most rows of them."""
+    from . import plots
+
+    found, rows = [], [(o, gates.rows(o)) for o in outcomes if o.status == "passed"]
+    for part, draw, caption in (
+        ("quality", _what_a_byte_buys, "memory against perplexity"),
+        ("speed", _how_fast, "tokens/s while decoding, batch 1"),
+    ):
+        best = max(
+            rows, key=lambda each: sum(part in row and "memory" in row for row in each[1].values()), default=None
+        )
+        shown = {name: row for name, row in best[1].items() if part in row and "memory" in row} if best else {}
+        for model in sorted({name.split("/")[1] for name in shown}):
+            own = {name.split("/")[2]: row for name, row in shown.items() if name.split("/")[1] == model}
+            if len(own) > 1:
+                png = base64.b64encode(draw(plots, own)._repr_png_()).decode()
+                found.append({"png": png, "caption": f"{model}: {caption} ({best[0].name})"})
+    return found
+
+
+def _what_a_byte_buys(plots, rows: dict[str, dict]):
+    return plots.pareto(
+        {name: (_held(row), row["quality"]["ppl"], row["quality"]["ppl_stderr"]) for name, row in rows.items()}
+    )
+
+
+def _how_fast(plots, rows: dict[str, dict]):
+    return plots.bars({name: row["speed"]["decode_tok_s"] for name, row in rows.items()}, "tokens/s")
+
+
+def _held(row: dict) -> float:
+    return (row["memory"]["weights_bytes"] + row["memory"]["state_bytes"]) / 1e9
+
+
+def _markdown(night, words: str, where: str) -> str:
+    """The summary; what notebooks wrote stands in code spans, where Markdown and HTML are text."""
+    lines = [f"## {words}", "", where, ""]
+    lines += [f"- {_code(note)}" for note in (*night.trouble, *night.notes)]
+    lines += ["", "| notebook | status | time | memory | reason |", "|---|---|--:|--:|---|"]
+    for row in map(_row, night.outcomes):
+        reason = _code(row["reason"]) + (f" {row['category']}, `{row['signature']}`" if row["signature"] else "")
+        lines.append(f"| {row['name']} | {row['status']} | {row['time']} | {row['memory']} | {reason} |")
+    worse = [_shown(f) for f in night.findings if f.state == "regression"]
+    if worse:
+        lines += ["", "| regression | before | now | tolerance | probable cause |", "|---|--:|--:|--:|---|"]
+        for f in worse:
+            lines.append(
+                f"| {_code(f['name'])} | {f['before']} | {f['now']} | {f['tolerance']} | {_code(f['cause'])} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """A code span that nothing in the text can end, in a cell that nothing in it can leave."""
+    plain = " ".join(text.replace("`", "'").replace("|", "¦").split())
+    return f"`{plain}`" if plain else ""

@@ -1,108 +1,244 @@
 """Notebooks executed without a screen, and judged by what they wrote.
 
-papermill reports success in cases that are none: a kernel that died, a `sys.exit(0)` half-way, a failed `%pip`, a
-parameter that the notebook does not know. So a run counts only by its record: the last cell writes `record.json` into the
-folder that the runner names, and the runner reads it back, checks it against the schema, and checks that it is of this
-run. One notebook's failure does not stop the others.
+papermill reports success in cases that are none (`executing` names them), so a run counts only by its record: the last cell
+writes `record.json` into the folder that the runner names, and the runner reads it back, checks it against the schema, and
+checks that it is of this run. Each notebook has a process of its own and a time limit; when it ends, nothing that it started
+goes on, and its memory is given back. One notebook's failure does not stop the others, and each result is on the disk before
+the next notebook starts.
+
+    status    passed, failed (its code), timeout, error (ours: the harness, its parameters), skipped (with a reason)
+    category  cell error, kernel died, timeout, missing record, unknown parameter, harness; empty where it passed
 """
 
+import contextlib
+import json
 import os
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from . import record, report
+from . import executing, files, record, report
 from .errors import QwlibError
 
-CELL_TIMEOUT_S = 1800
+TIMEOUT_S = 3600
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN")
+
+
+@dataclass
+class Plan:
+    """What to do with one notebook: its parameters, its time limit, or the reason to skip it."""
+
+    path: Path
+    parameters: dict = field(default_factory=dict)
+    timeout_s: float = TIMEOUT_S
+    skip: str = ""
 
 
 @dataclass
 class Outcome:
-    """How one notebook ended. `status` is passed, failed or timeout; `reason` is empty where it passed."""
+    """How one notebook ended. `peak_bytes` is the resident memory of all its processes, summed, looked at twice a second."""
 
     name: str
     status: str
-    seconds: float
-    reason: str
-    executed: Path
+    seconds: float = 0.0
+    reason: str = ""
+    category: str = ""
+    signature: str = ""
+    peak_bytes: int = 0
+    executed: Path | None = None
     record: dict | None = None
 
 
-def run(notebooks: list[Path], out: Path, *, parameters: dict | None = None) -> tuple[list[Outcome], Path]:
-    """Execute the notebooks into a new folder under `out`; outcomes and that folder come back.
+def run(plans: list[Plan], out: Path) -> tuple[list[Outcome], Path]:
+    """Execute notebooks into a new folder under `out`; outcomes and that folder come back.
 
-    `parameters` go into every notebook over those that its parameters cell declares; `OUT` is the runner's own.
+    Parameters go over those that a notebook's parameters cell declares; `OUT` is the runner's own.
 
     Raises QwlibError where there is nothing to run.
     """
-    if not notebooks:
+    if not plans:
         raise QwlibError("no notebooks to run: name some, or start in the project's folder")
-    if missing := [str(path) for path in notebooks if not Path(path).is_file()]:
+    if missing := [str(plan.path) for plan in plans if not plan.path.is_file()]:
         raise QwlibError(f"no such notebook: {', '.join(missing)}")
-    folder = _new_folder(Path(out).resolve())
+    folder = new_folder(Path(out).resolve())
     outcomes = []
-    for path in notebooks:
-        print(f"{path} ...", flush=True)
-        outcome = execute(Path(path), folder, parameters=parameters or {})
-        print(f"{path} {outcome.status} in {outcome.seconds:.0f} s", flush=True)
-        outcomes.append(outcome)
+    for plan in plans:
+        outcomes.append(execute(plan, folder))
         report.write(folder, outcomes)
-        _point_latest(folder)
+        point_latest(folder)
     return outcomes, folder
 
 
-def execute(path: Path, folder: Path, *, parameters: dict) -> Outcome:
-    """One notebook: its executed copy and its record land in `folder`."""
-    name, began, now = path.stem, time.monotonic(), datetime.now(UTC)
-    executed, home = folder / path.name, folder / name
-    status, reason = _papermill(path, executed, parameters | {"OUT": str(home)})
-    written = None
-    if status == "passed":
+def execute(plan: Plan, folder: Path) -> Outcome:
+    """One notebook: its executed copy, its record and `outcome.json` land in `folder`; progress goes to standard output."""
+    name, home, executed = plan.path.stem, folder / plan.path.stem, folder / plan.path.name
+    if plan.skip:
+        outcome = Outcome(name, "skipped", reason=plan.skip)
+    else:
+        print(f"{name} ...", flush=True)
+        began, now = time.monotonic(), datetime.now(UTC)
         try:
-            written = record.read(home / "record.json")
-            if written["kind"] != "notebook" or datetime.fromisoformat(written["created"]) < now:
-                status, reason = "failed", "the record is not of this run"
-        except QwlibError as error:
-            status, reason = "failed", f"the last cell did not write a valid record: {error}"
-    return Outcome(name, status, time.monotonic() - began, reason, executed, written)
-
-
-def _papermill(path: Path, executed: Path, parameters: dict) -> tuple[str, str]:
-    import nbclient.exceptions
-    import papermill
-
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else each kernel prints a warning about frozen modules
+            ended, peak = _in_a_process(plan, executed, home)
+            outcome = _judged(name, ended, home, now)
+        except OSError as error:  # a full disk: what was done before stays, the others are still tried
+            outcome, peak = Outcome(name, "error", reason=str(error), category="harness"), 0
+        outcome.seconds, outcome.peak_bytes, outcome.executed = time.monotonic() - began, peak, executed
+    if outcome.category:
+        outcome.signature = executing.signature(outcome.category, outcome.reason)
+        outcome.reason = hide_tokens(outcome.reason)
     try:
-        declared = papermill.inspect_notebook(str(path))
-        if unknown := sorted(set(parameters) - set(declared)):
-            return "failed", f"the parameters cell does not declare {', '.join(unknown)}"
-        papermill.execute_notebook(
-            str(path),
-            str(executed),
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=str(path.parent),
-            execution_timeout=CELL_TIMEOUT_S,
-            progress_bar=False,
-            coalesce_streams=True,  # a streamed sentence is one output, not one a word
-            extra_arguments=[
-                "--IPKernelApp.log_level=40"
-            ],  # ipykernel 7 warns that its loopback socket is not encrypted
+        scrub(folder)
+        keep(outcome, home)
+    except OSError as error:
+        outcome.status, outcome.category = "error", "harness"
+        outcome.reason = f"{outcome.reason}; its outcome could not be written: {error}".lstrip("; ")
+    why = f": {outcome.reason}" if outcome.reason else ""
+    print(f"{name} {outcome.status} in {outcome.seconds:.0f} s{why}", flush=True)
+    return outcome
+
+
+def _in_a_process(plan: Plan, executed: Path, home: Path) -> tuple[dict, int]:
+    """(how it ended, peak bytes); every process that it started is gone when this comes back."""
+    home.mkdir(parents=True, exist_ok=True)
+    for old in (home / "ended.json", home / "record.json", executed):
+        old.unlink(missing_ok=True)
+    job = {"notebook": str(plan.path.resolve()), "executed": str(executed), "ended": str(home / "ended.json")}
+    job["parameters"] = plan.parameters | {"OUT": str(home)}
+    files.write_text(home / "job.json", json.dumps(job))
+    with open(home / "log.txt", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qwlib.executing", str(home / "job.json")],
+            stdin=subprocess.PIPE,  # held open: when this process dies, that one sees it
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {executing.MARK: str(home)},
         )
-    except papermill.exceptions.PapermillExecutionError as error:
-        return "failed", f"cell {error.exec_count}: {error.ename}: {error.evalue}"
-    except nbclient.exceptions.CellTimeoutError:
-        return "timeout", f"a cell took longer than {CELL_TIMEOUT_S} s"
-    except nbclient.exceptions.DeadKernelError:
-        return "failed", "the kernel died (out of memory?)"
-    except Exception as error:  # the harness must outlive whatever a notebook does; the reason is shown
-        return "failed", f"{type(error).__name__}: {error}"
-    return "passed", ""
+        try:
+            late, peak = _watched(process, plan.timeout_s, executed)
+        finally:
+            at = executing.running(executed)
+            executing.end(str(home))
+            process.stdin.close()
+            process.wait()
+    if late:
+        reason = f"ended after {plan.timeout_s:g} s in {at}"
+        return {"status": "timeout", "category": "timeout", "reason": reason}, peak
+    try:
+        return json.loads((home / "ended.json").read_text(encoding="utf-8")), peak
+    except (OSError, ValueError):
+        last = (home / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        why = f"its process ended with {process.returncode} in {at}" + (f": {last[-1]}" if last else "")
+        return {"status": "error", "category": "harness", "reason": why}, peak
 
 
-def _new_folder(out: Path) -> Path:
+def _watched(process, timeout_s: float, executed: Path) -> tuple[bool, int]:
+    """(whether the time was over, peak bytes) once the process ended or is to be ended."""
+    began, peak, shown = time.monotonic(), 0, ""
+    while process.poll() is None:
+        if time.monotonic() - began > timeout_s:
+            return True, peak
+        peak = max(peak, _resident(process.pid))
+        if sys.stderr.isatty() and (now := executing.running(executed)) != shown:
+            print(f"\r  {now}\x1b[K", end="\r", file=sys.stderr, flush=True)
+            shown = now
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+    return False, peak
+
+
+def _resident(pid: int) -> int:
+    import psutil
+
+    total = 0
+    try:
+        owner = psutil.Process(pid)
+        for process in (owner, *owner.children(recursive=True)):
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        return total
+    return total
+
+
+def _judged(name: str, ended: dict, home: Path, began: datetime) -> Outcome:
+    """The outcome: what the process said, and where that was a success, what the record says."""
+    outcome = Outcome(name, ended["status"], reason=ended["reason"], category=ended["category"])
+    if outcome.status == "passed":
+        try:
+            outcome.record = proved(home, began)
+        except QwlibError as error:
+            outcome.status, outcome.category, outcome.reason = "failed", "missing record", str(error)
+    return outcome
+
+
+def proved(home: Path, began: datetime) -> dict:
+    """The record that proves a pass.
+
+    Raises QwlibError for one that is missing, damaged, of another kind, or older than this run.
+    """
+    try:
+        written = record.read(home / "record.json")
+    except QwlibError as error:
+        raise QwlibError(f"the last cell did not write a valid record: {error}") from None
+    if written["kind"] != "notebook" or datetime.fromisoformat(written["created"]) < began:
+        raise QwlibError("the record is not of this run")
+    return written
+
+
+def keep(outcome: Outcome, home: Path) -> None:
+    """Write the outcome beside its record."""
+    plain = asdict(outcome) | {"executed": outcome.executed.name if outcome.executed else None}
+    plain.pop("record")
+    files.write_text(home / "outcome.json", json.dumps(plain, indent=1) + "\n")
+
+
+def kept(plan: Plan, folder: Path, began: datetime) -> Outcome | None:
+    """The outcome of a notebook that passed since `began`, and whose record still proves it; None where it is to be run."""
+    home, executed = folder / plan.path.stem, folder / plan.path.name
+    try:
+        if (home / "outcome.json").exists():
+            outcome = Outcome(**json.loads((home / "outcome.json").read_text(encoding="utf-8")))
+        else:  # the night was killed between the record and the outcome
+            started = (home / "job.json").stat().st_mtime
+            outcome = Outcome(home.name, "passed", (home / "record.json").stat().st_mtime - started)
+        if outcome.status != "passed" or executing.unfinished(executed):
+            return None
+        outcome.executed, outcome.record = executed, proved(home, began)
+    except (OSError, ValueError, TypeError, QwlibError):
+        return None
+    return outcome
+
+
+def hide_tokens(text: str) -> str:
+    """The text without the values of the environment's tokens."""
+    for value in _tokens():
+        text = text.replace(value, "***")
+    return text
+
+
+def scrub(folder: Path) -> None:
+    """Take the environment's tokens out of every file of a run: a notebook may print what it likes."""
+    secrets = [value.encode() for value in _tokens()]
+    for path in folder.rglob("*") if secrets else ():
+        if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 28:
+            content = path.read_bytes()
+            for secret in (secret for secret in secrets if secret in content):
+                content = content.replace(secret, b"***")
+                files.write_bytes(path, content)
+
+
+def _tokens() -> list[str]:
+    return [value for name in TOKENS if len(value := os.environ.get(name, "")) >= 8]
+
+
+def new_folder(out: Path) -> Path:
+    """A new folder under `out` named by the time, in UTC."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
         folder = out / f"{stamp}{suffix}"
@@ -114,7 +250,8 @@ def _new_folder(out: Path) -> Path:
     raise QwlibError(f"can't make a new folder in {out}")
 
 
-def _point_latest(folder: Path) -> None:
+def point_latest(folder: Path) -> None:
+    """Let `latest` beside the folder lead to it."""
     link = folder.parent / "latest"
     temporary = folder.parent / f".latest-{os.getpid()}"
     temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Fixtures: the embedded model loaded once, and tiny random models of every architecture in the catalog."""
 
+import nbformat
 import pytest
 
 import qwlib
@@ -61,3 +62,36 @@ def lm():
     """The embedded model in bf16."""
     with qwlib.load("smollm2-135m", "bf16") as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="session")
+def record_cell():
+    """The source of a cell that writes a true record into OUT without importing torch first, so that it takes no seconds."""
+    import json
+
+    from qwlib import record
+
+    return f"""
+import json, datetime, pathlib
+written = json.loads({json.dumps(json.dumps(record.new("notebook")))})
+written["created"] = datetime.datetime.now(datetime.UTC).isoformat()
+written |= globals().get("MORE", {{}})
+pathlib.Path(OUT, "record.json").write_text(json.dumps(written))
+"""
+
+
+def made(*cells: str, name: str = "n", parameters: str = 'OUT: str = ""  # folder for the record', folder):
+    """The path of a new notebook of these cells that begins with a parameters cell."""
+    whole = nbformat.v4.new_notebook()
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    whole.cells = [first, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    whole.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    folder.mkdir(exist_ok=True)
+    nbformat.write(whole, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """`made`, in this test's folder."""
+    return lambda *cells, **named: made(*cells, **{"folder": tmp_path} | named)

@@ -115,7 +115,7 @@ record.write(record.new("notebook"), Path(OUT) / "record.json")"""
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert both.returncode == 1
     assert "ZeroDivisionError" in both.stdout
-    assert "good.ipynb passed" in both.stdout
+    assert "good passed" in both.stdout
     asked = cli("run", str(tmp_path / "good.ipynb"), "--out", str(tmp_path / "runs"), "--set", "MODLE=x")
     assert "does not declare MODLE" in asked.stdout
 
@@ -127,3 +127,12 @@ def test_settings_of_a_run_keep_their_kind():
     for bad in ("ROWS", "=3", "A B=3", ""):
         with pytest.raises(QwlibError, match="--set takes NAME=VALUE"):
             main._setting(bad)
+
+
+def test_run_takes_a_size_and_lets_a_setting_go_over_it(tmp_path, notebook, record_cell):
+    parameters = 'OUT: str = ""  # folder\nX: int = 1  # a number\nY: int = 1  # another'
+    path = notebook("print('sum', X + Y)", record_cell, parameters=parameters)
+    (tmp_path / "sizes.toml").write_text("[n]\nsmoke = {X = 10, Y = 10}\nnightly = {}\n")
+    done = cli("run", str(path), "--out", str(tmp_path / "runs"), "--size", "smoke", "--set", "Y=300")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sum 310" in (tmp_path / "runs" / "latest" / "n.ipynb").read_text()

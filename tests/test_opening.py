@@ -2,32 +2,46 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from qwlib import opening
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_badges_and_setup_cells_are_those_of_the_address(tmp_path):
-    """`make links` would change nothing."""
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    for name in ("notebooks", "docs", ".github"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
-    assert opening.write(tmp_path) == []
+    return tmp_path
 
 
-def test_a_fork_changes_the_address_with_one_command(tmp_path):
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    shutil.copy(ROOT / "README.md", tmp_path)
+def test_badges_and_setup_cells_are_those_of_the_address(copy):
+    """`make links` would change nothing."""
+    assert opening.write(copy) == []
+
+
+def test_a_fork_changes_the_address_with_one_command(copy):
     old = opening.address(ROOT)
     pyproject = (ROOT / "pyproject.toml").read_text().replace(f"github.com/{old}", "github.com/some-one/fork.x")
-    (tmp_path / "pyproject.toml").write_text(pyproject)
-    changed = {path.name for path in opening.write(tmp_path)}
-    assert changed == {"README.md"} | {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
-    for path in [tmp_path / "README.md", *(tmp_path / "notebooks").glob("*.ipynb")]:
+    (copy / "pyproject.toml").write_text(pyproject)
+    changed = {path.name for path in opening.write(copy)}
+    notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert changed == {"README.md", "running.md", "nightly.yml"} | notebooks
+    for path in (path for path in copy.rglob("*") if path.name in changed):
         text = path.read_text(encoding="utf-8")
         assert "some-one/fork.x" in text
-        assert not re.search(rf"\b{re.escape(old)}\b", text)
-    assert opening.write(tmp_path) == []
+        assert not re.search(rf"\b{re.escape(old)}\b", text), path.name
+    assert opening.write(copy) == []
+
+
+def test_every_badge_of_a_workflow_leads_to_its_file():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    slug = opening.address(ROOT)
+    linked = set(re.findall(rf"https://github\.com/{slug}/actions/workflows/([\w.-]+?)(?:/badge\.svg)?\)", text))
+    assert linked == {path.name for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 
 
 def test_every_notebook_link_leads_to_a_file():

@@ -1,0 +1,320 @@
+"""Is tonight worse than what was accepted, or is it noise? Every figure is held to a tolerance that it brings itself.
+
+Four kinds of figure, four questions:
+
+    exact    bytes of weights, scales and cache per token: counted, not timed. Any difference is a change.
+    paired   perplexity, divergence, a guard's scores: the same model reads the same text again, so that sampling errors cancel
+             and what is left is rounding. Two-sided, within one standard error of the accepted measurement, or a floor where
+             that is smaller (another processor's kernels move perplexity by some tenths of a per cent: docs/measured.md).
+             A figure that suddenly improves is a change too: something else is being measured.
+    ratio    speed over that of 16 bits in the same run, share of the roofline: what the machine does to one it does to both.
+             One-sided, against the median of the last seven passes on this device, at least three.
+    time     16 bits' own speed, a notebook's seconds: one-sided against the same median, half as slow again.
+
+A baseline is what was accepted: `baselines/<device>.json`, one figure a line, its tolerance beside it, changed by
+`--update-baseline` and reviewed like code; who, when and why stands in git. Speed is not in it: it lives in the history, which
+starts anew with an updated baseline. A regressed value never enters a median, or a slow week would make slowness the norm.
+
+What it leaves out: trends too slow to cross a tolerance on any night (the report draws them), and corrections for looking at
+hundreds of figures; tolerances are wide enough for that.
+"""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import files, schemes
+from .errors import QwlibError
+
+SCHEMA = 1
+EXACT = ("weights_bytes", "state_bytes", "repacked_bytes", "kv_bytes_per_token")
+PPL_FLOOR = 0.005  # of the perplexity
+KLD_FLOOR = 0.002  # nats a token
+TOP1_FLOOR = 0.01
+GUARD_FLOOR = 0.02
+GUARD = ("f1", "recall", "false_positive_rate", "average_precision", "auroc", "brier")
+PASSES, NEEDED = 7, 3
+RATIO_SLACK, TIME_SLACK, MOST_SLACK = 0.15, 0.5, 0.5
+SECONDS_FLOOR = 60  # a notebook that is slower by less is not worth a look
+VANISHED = "tonight's record has no such figure"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One gated number; `kind` is exact, paired, ratio or time, `tolerance` absolute, `less` whether less is better."""
+
+    value: float
+    kind: str
+    tolerance: float = 0.0
+    less: bool = False
+
+
+@dataclass
+class Finding:
+    """What became of one figure; `state` is fine, regression, new, learning, skipped or accepted."""
+
+    name: str
+    state: str
+    now: float | None = None
+    before: float | None = None
+    tolerance: float | None = None
+    cause: str = ""
+
+
+def figures(outcomes: list) -> dict[str, Figure]:
+    """The gated figures of the notebooks that passed, by name: `notebook/model/row/figure`."""
+    found = {}
+    for outcome in outcomes:
+        if outcome.status != "passed":
+            continue
+        found[f"{outcome.name}/seconds"] = Figure(outcome.seconds, "time", less=True)
+        own = rows(outcome)
+        for name, row in own.items():
+            if "failure" not in row:
+                each = _bytes(row) | _quality(row) | _guard(row) | _speed(row, own.get(_reference(name)))
+                found |= {f"{name}/{key}": figure for key, figure in each.items()}
+    return {name: figure for name, figure in found.items() if math.isfinite(figure.value)}
+
+
+def given(outcomes: list) -> dict[str, dict]:
+    """What each row was measured with: hashes of weights and text, protocol, sizes. What differs is a probable cause."""
+    found = {}
+    for outcome in outcomes:
+        for name, row in rows(outcome).items() if outcome.status == "passed" else ():
+            model = row.get("model") or outcome.record.get("model", {})
+            facts = {"weights": model.get("sha256"), "revision": model.get("revision")}
+            scored, timed = row.get("quality", {}), row.get("speed", {})
+            facts |= {
+                "text": scored.get("text_sha256"),
+                "protocol": scored.get("protocol"),
+                "tokens": scored.get("tokens"),
+            }
+            facts |= {key: timed.get(key) for key in ("engine", "batch", "prompt_tokens", "new_tokens")}
+            facts |= {"messages": row.get("guard", {}).get("n"), "file": row.get("artefact", {}).get("sha256")}
+            found[name] = {key: _short(value) for key, value in facts.items() if value is not None}
+    return found
+
+
+def _short(value):
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) else value
+
+
+def rows(outcome) -> dict[str, dict]:
+    """The rows of a notebook's record by name: `notebook/model/scheme`."""
+    record, found = outcome.record, {}
+    for row in record.get("rows", []):
+        model = row.get("model") or record.get("model", {})
+        label = row.get("scheme") or row.get("options") or "row"
+        label = label["name"] if isinstance(label, dict) else label
+        name = model.get("name", "model").replace("/", "--")
+        found[f"{outcome.name}/{name}/{label}".replace(" ", "_")] = row
+    return found
+
+
+def _reference(name: str) -> str:
+    return f"{name.rpartition('/')[0]}/{schemes.REFERENCE}"
+
+
+def _bytes(row: dict) -> dict[str, Figure]:
+    held = row.get("memory", {})
+    return {key: Figure(held[key], "exact") for key in EXACT if key in held}
+
+
+def _quality(row: dict) -> dict[str, Figure]:
+    scored = row.get("quality")
+    if not scored:
+        return {}
+    ppl, kld = scored["ppl"], scored.get("kld")
+    floor = PPL_FLOOR * ppl
+    if not kld:
+        return {"ppl": Figure(ppl, "paired", floor)}
+    paired = ppl * kld.get("ppl_ratio_stderr", 0.0)
+    top1_stderr = math.sqrt(kld["top1"] * (1 - kld["top1"]) / kld["tokens"])
+    return {
+        "ppl": Figure(ppl, "paired", max(floor, paired)),
+        "kld": Figure(kld["mean"], "paired", max(KLD_FLOOR, kld["stderr"])),
+        "top1": Figure(kld["top1"], "paired", max(TOP1_FLOOR, top1_stderr)),
+    }
+
+
+def _guard(row: dict) -> dict[str, Figure]:
+    judged = row.get("guard", {})
+    found = {}
+    for key in GUARD:
+        if key in judged:
+            of = {"recall": judged["positives"], "false_positive_rate": judged["n"] - judged["positives"]}
+            share = min(max(judged[key], 0.0), 1.0)
+            stderr = math.sqrt(share * (1 - share) / max(1, of.get(key, judged["n"])))
+            found[key] = Figure(judged[key], "paired", max(GUARD_FLOOR, stderr))
+    return found
+
+
+def _speed(row: dict, reference: dict | None) -> dict[str, Figure]:
+    timed, base = row.get("speed"), (reference or {}).get("speed")
+    if not timed:
+        return {}
+    found = {}
+    if "roofline_share" in timed:
+        found["roofline_share"] = Figure(timed["roofline_share"], "ratio")
+    if timed is base:
+        found["decode_tok_s"] = Figure(timed["decode_tok_s"], "time")
+        found["ttft_s"] = Figure(timed["ttft_s"]["p50"], "time", less=True)
+    elif base:
+        found["decode_over_16_bit"] = Figure(timed["decode_tok_s"] / base["decode_tok_s"], "ratio")
+        found["ttft_over_16_bit"] = Figure(timed["ttft_s"]["p50"] / base["ttft_s"]["p50"], "ratio", less=True)
+    return found
+
+
+def judge(outcomes: list, baseline: dict | None, passes: dict[str, list[float]], before: dict) -> list[Finding]:
+    """A finding for every figure of tonight or of the baseline, regressions first.
+
+    `baseline`: this device's and size's part of the baseline file, None where there is none. `passes`: the last values of each
+    speed figure, oldest first. `before`: the packages of the last pass, for figures that only the history knows.
+    """
+    now, facts = figures(outcomes), given(outcomes)
+    packages = packages_of(outcomes)
+    accepted = (baseline or {}).get("figures", {})
+    then = (baseline or {}).get("packages") or before
+    findings = []
+    for name in sorted(now.keys() | accepted.keys()):
+        figure, row = now.get(name), name.rpartition("/")[0]
+        if figure is None:
+            findings.append(_gone(name, accepted[name], outcomes))
+            continue
+        if figure.kind in ("exact", "paired"):
+            finding = _against(name, figure, accepted.get(name))
+        else:
+            finding = _over_time(name, figure, passes.get(name, []))
+        if finding.state == "regression":
+            was = (baseline or {}).get("given", {}).get(row, {})
+            finding.cause = cause(then, packages, was, facts.get(row, {}))
+        findings.append(finding)
+    return sorted(findings, key=lambda finding: finding.state != "regression")
+
+
+def _against(name: str, figure: Figure, accepted: dict | None) -> Finding:
+    if accepted is None:
+        return Finding(name, "new", figure.value)
+    value, tolerance = accepted["value"], accepted.get("tolerance", 0.0)
+    fine = abs(figure.value - value) <= tolerance
+    return Finding(name, "fine" if fine else "regression", figure.value, value, tolerance)
+
+
+def _over_time(name: str, figure: Figure, values: list[float]) -> Finding:
+    values = values[-PASSES:]
+    if len(values) < NEEDED:
+        return Finding(name, "learning", figure.value, cause=f"{len(values)} of {NEEDED} passes that a median needs")
+    middle = statistics.median(values)
+    tolerance = slack(figure.kind, values) * middle
+    if name.endswith("/seconds"):
+        tolerance = max(tolerance, SECONDS_FLOOR)
+    worse = figure.value - middle if figure.less else middle - figure.value
+    return Finding(name, "regression" if worse > tolerance else "fine", figure.value, middle, tolerance)
+
+
+def slack(kind: str, values: list[float]) -> float:
+    """How much worse than the median a figure may be, as a share of it: three robust standard deviations, within limits.
+
+    The median absolute deviation times 1.4826 estimates a normal distribution's standard deviation (Rousseeuw and Croux,
+    Alternatives to the median absolute deviation, 1993). A history too noisy to judge by is not let judge nothing.
+    """
+    middle = statistics.median(values)
+    spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
+    floor = {"ratio": RATIO_SLACK, "time": TIME_SLACK}[kind]
+    return min(max(floor, 3 * spread / middle if middle else 0.0), MOST_SLACK)
+
+
+def _gone(name: str, accepted: dict, outcomes: list) -> Finding:
+    """A figure that the baseline has and tonight lacks: its notebook did not pass, its row was skipped, or it vanished."""
+    notebook, row = name.split("/")[0], name.rpartition("/")[0]
+    finding = Finding(name, "skipped", before=accepted["value"], tolerance=accepted.get("tolerance", 0.0))
+    outcome = next((o for o in outcomes if o.name == notebook), None)
+    if outcome is None or outcome.status != "passed":
+        finding.cause = f"{notebook} {outcome.status if outcome else 'was not run'}"
+        return finding
+    failure = rows(outcome).get(row, {}).get("failure")
+    finding.cause = failure["reason"] if failure else VANISHED
+    if not (failure and failure.get("skipped")):
+        finding.state = "regression"
+    return finding
+
+
+def cause(then: dict, now: dict, was: dict, given: dict) -> str:
+    """What changed beside the figure, as its probable cause."""
+    changed = []
+    for old, new in ((was, given), (then, now)):
+        for key in sorted(old.keys() | new.keys()) if old and new else ():
+            if old.get(key) != new.get(key):
+                changed.append(f"{key} {old.get(key, 'absent')} → {new.get(key, 'absent')}")
+    return "; ".join(changed) or "nothing that is recorded changed but the code"
+
+
+def packages_of(outcomes: list) -> dict[str, str]:
+    """Versions, from the first record that there is; Python's among them."""
+    env = next((o.record["env"] for o in outcomes if o.record), None)
+    return {"python": env["python"]} | env["packages"] if env else {}
+
+
+def path_of(folder: Path, device: str) -> Path:
+    """Where a device's baseline stands."""
+    return Path(folder) / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def read(path: Path) -> dict | None:
+    """The baseline file, None where there is none.
+
+    Raises QwlibError for a damaged file and for one of another schema.
+    """
+    try:
+        whole = json.loads(Path(path).read_text(encoding="utf-8"))
+        schema = whole["schema"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QwlibError(f"{path} is damaged ({error}): take it from git again, or run --update-baseline") from None
+    if schema != SCHEMA:
+        raise QwlibError(
+            f"{path} is of schema {schema}, and {SCHEMA} is read here: accept tonight with --update-baseline"
+        )
+    return whole
+
+
+def accept(path: Path, device: str, size: str, outcomes: list) -> Path:
+    """Write what was measured tonight as this device's baseline at this size; rows of notebooks that did not pass, or that
+    were skipped or failed tonight, stay as they were. A file that can't be read is kept beside it, with `.old` at its end.
+    """
+    try:
+        whole = read(path) or {"schema": SCHEMA, "device": device, "sizes": {}}
+    except QwlibError:
+        Path(path).replace(f"{path}.old")
+        whole = {"schema": SCHEMA, "device": device, "sizes": {}}
+    old = whole["sizes"].get(size, {"figures": {}, "given": {}})
+    new = {}
+    for name, figure in figures(outcomes).items():
+        if figure.kind in ("exact", "paired"):
+            digits = figure.value if figure.kind == "exact" else float(f"{figure.value:.6g}")
+            new[name] = {"value": digits} | (
+                {"tolerance": float(f"{figure.tolerance:.3g}")} if figure.tolerance else {}
+            )
+    stays = {name: kept for name, kept in old["figures"].items() if name not in new and _stays(name, outcomes)}
+    facts = {row: kept for row, kept in old["given"].items() if any(name.startswith(f"{row}/") for name in stays)}
+    facts |= {row: fact for row, fact in given(outcomes).items() if any(name.startswith(f"{row}/") for name in new)}
+    packages = packages_of(outcomes) or old.get("packages", {})
+    whole["sizes"][size] = {"packages": packages, "given": facts, "figures": stays | new}
+    return files.write_text(path, _lines(whole))
+
+
+def _stays(name: str, outcomes: list) -> bool:
+    return _gone(name, {"value": 0.0}, outcomes).cause != VANISHED
+
+
+def _lines(whole: dict) -> str:
+    """JSON with a line a figure, sorted, so that a review shows what moved."""
+    text = json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False)
+    flat = re.sub(
+        r"\{\n\s+(\"(?:value|tolerance)\"[^{}]*?)\n\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text
+    )
+    return flat + "\n"

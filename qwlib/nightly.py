@@ -1,0 +1,185 @@
+"""A night: every notebook at its size, each figure judged, one report; with or without a GPU.
+
+    0  fine      1  a regression      2  a notebook failed      3  the harness itself
+
+What is done is on the disk before the next thing starts: a night that was killed shows how far it came, and `resume` runs what
+has no valid record. One night at a time: a lock holds the owner's process number, and goes with the process.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from . import executing, files, gates, history, record, report, runner, suite
+from .errors import QwlibError
+
+STATE = "night.json"
+
+
+@dataclass
+class Night:
+    """One night as the report shows it. `trouble` is what went wrong with the harness, a line each; `notes` is what to know."""
+
+    folder: Path
+    size: str
+    device: str
+    names: list[str]
+    outcomes: list[runner.Outcome] = field(default_factory=list)
+    findings: list[gates.Finding] = field(default_factory=list)
+    nights: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    trouble: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        if self.trouble or any(outcome.status == "error" for outcome in self.outcomes):
+            return 3
+        if any(outcome.status in ("failed", "timeout") for outcome in self.outcomes):
+            return 2
+        return int(any(finding.state == "regression" for finding in self.findings))
+
+
+def run(
+    notebooks: Path = Path("notebooks"),
+    out: Path = Path("runs"),
+    *,
+    size: str = "nightly",
+    baselines: Path = Path("baselines"),
+    resume: bool = False,
+    update_baseline: bool = False,
+) -> Night:
+    """Run every notebook of a folder at a size, judge what it measured, and write report, summary and history under `out`.
+
+    `resume`: go on with the last night of this size, with what has no valid record; a finished one is judged again.
+    `update_baseline`: accept what was measured.
+
+    Raises QwlibError before anything runs: a notebook that `sizes.toml` does not name, a night that is still running, nothing
+    to resume.
+    """
+    plans, out = suite.plans(notebooks, size), Path(out).resolve()
+    if not plans:
+        raise QwlibError(f"there are no notebooks in {notebooks}: start in the project's folder")
+    with alone(out):
+        folder, began = _last(out, size) if resume else _begin(out, size)
+        night = Night(folder, size, "", [plan.path.stem for plan in plans])
+        for plan in plans:
+            executing.end(str(folder / plan.path.stem))  # what a killed night left running
+            outcome = runner.kept(plan, folder, began) if resume else None
+            if outcome:
+                print(f"{outcome.name} passed before, and its record is valid", flush=True)
+            night.outcomes.append(outcome or runner.execute(plan, folder))
+            with _told(night, "the report"):
+                report.write_night(night)
+                runner.point_latest(folder)
+        # not asked before: this process would keep memory of the GPU that the notebooks are to have
+        night.device = next((o.record["env"]["device"] for o in night.outcomes if o.record), "") or record.device_name()
+        _judge(night, out / "history.jsonl", gates.path_of(baselines, night.device), update_baseline)
+        night.finished = True
+        with _told(night, "the report"):
+            report.write_night(night)
+            runner.scrub(folder)
+        return night
+
+
+def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
+    baseline = None
+    try:
+        baseline = gates.read(file)
+    except QwlibError as error:
+        (night.notes if update_baseline else night.trouble).append(str(error))
+    with _told(night, "the history"):
+        night.nights, damaged = history.read(kept, size=night.size, device=night.device)
+        night.notes += damaged
+    earlier = [each for each in night.nights if each["night"] != night.folder.name]
+    accepted = (baseline or {}).get("sizes", {}).get(night.size)
+    before = earlier[-1].get("packages", {}) if earlier else {}
+    night.findings = gates.judge(night.outcomes, accepted, history.passes(earlier), before)
+    if accepted is None and not update_baseline:
+        night.notes.append(
+            f"no baseline for {night.size} on {night.device}: --update-baseline accepts what was measured"
+        )
+    line = {
+        "night": night.folder.name,
+        "size": night.size,
+        "device": night.device,
+        "packages": gates.packages_of(night.outcomes),
+        "notebooks": [
+            {"name": o.name, "status": o.status, "seconds": round(o.seconds, 1), "signature": o.signature}
+            for o in night.outcomes
+        ],
+        "figures": {name: figure.value for name, figure in gates.figures(night.outcomes).items()},
+        "regressions": [finding.name for finding in night.findings if finding.state == "regression"],
+    }
+    if update_baseline:
+        with _told(night, "the baseline"):
+            night.notes.append(f"accepted as {gates.accept(file, night.device, night.size, night.outcomes).name}")
+            for finding in night.findings:
+                if finding.state == "regression":
+                    finding.state, finding.cause = "accepted", f"accepted as the new baseline; {finding.cause}"
+            line |= {"regressions": [], "accepted": True}
+    with _told(night, "the history"):
+        history.append(kept, line)
+    night.nights = [*earlier, line]
+
+
+@contextlib.contextmanager
+def _told(night: Night, what: str) -> Iterator[None]:
+    """A write that fails is told, and stops nothing else."""
+    try:
+        yield
+    except OSError as error:
+        night.trouble.append(f"{what} could not be written: {error}")
+        print(f"{what} could not be written: {error}", file=sys.stderr)
+
+
+def _begin(out: Path, size: str) -> tuple[Path, datetime]:
+    folder, began = runner.new_folder(out), datetime.now(UTC)
+    files.write_text(folder / STATE, json.dumps({"size": size, "began": began.isoformat()}) + "\n")
+    return folder, began
+
+
+def _last(out: Path, size: str) -> tuple[Path, datetime]:
+    """The last night of this size, and when it began."""
+    for state in sorted(out.glob(f"*/{STATE}"), reverse=True):
+        if state.parent.is_symlink():
+            continue
+        try:
+            known = json.loads(state.read_text(encoding="utf-8"))
+            if known["size"] == size:
+                return state.parent, datetime.fromisoformat(known["began"])
+        except (OSError, ValueError, KeyError):
+            continue
+    raise QwlibError(f"there is no {size} night in {out} to resume: start one without --resume")
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the lock of the runs in `out`; the system lets go of it when the process ends, however that happens.
+
+    Raises QwlibError where another process holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "night.lock", "a+", encoding="utf-8") as lock:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise QwlibError(
+                f"a night is running already, as process {owner}: wait for it, or take another --out"
+            ) from None
+        if owner != "unknown":
+            print(f"the night of process {owner} did not end by itself: --resume goes on with it", flush=True)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+        lock.truncate(0)

@@ -1,0 +1,94 @@
+import errno
+import json
+import os
+
+import pytest
+
+from qwlib import history
+
+LINE = {"size": "smoke", "device": "cpu", "figures": {"a": 1.5}, "regressions": [], "packages": {}}
+
+
+def read(path):
+    return history.read(path, size="smoke", device="cpu")
+
+
+def test_nights_come_back_in_order_and_by_device(tmp_path):
+    path = tmp_path / "runs" / "history.jsonl"
+    for night, device in (("2", "cpu"), ("1", "cpu"), ("3", "gpu")):
+        history.append(path, LINE | {"night": night, "device": device})
+    nights, damaged = read(path)
+    assert [night["night"] for night in nights] == ["1", "2"]
+    assert damaged == []
+    assert history.read(tmp_path / "none", size="smoke", device="cpu") == ([], [])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{",
+        '{"schema": 1}',
+        '{"schema": 9}',
+        "[]",
+        "1",
+        "\x00\xff",
+        json.dumps({"schema": 1, "night": "x"} | LINE | {"figures": {"a": "b"}}),
+    ],
+)
+def test_a_damaged_line_is_told_and_stays(tmp_path, bad):
+    path = tmp_path / "history.jsonl"
+    history.append(path, LINE | {"night": "1"})
+    with open(path, "ab") as file:
+        file.write(bad.encode("latin-1") + b"\n")
+    history.append(path, LINE | {"night": "2"})
+    nights, damaged = read(path)
+    assert [night["night"] for night in nights] == ["1", "2"]
+    assert len(damaged) == 1
+    assert "line 2" in damaged[0]
+    assert bad.encode("latin-1") in path.read_bytes()
+
+
+def test_every_cut_of_the_file_keeps_every_whole_night(tmp_path):
+    """A night that is appended after a crash at any byte begins a line of its own."""
+    path = tmp_path / "history.jsonl"
+    history.append(path, LINE | {"night": "1"})
+    first = path.stat().st_size
+    history.append(path, LINE | {"night": "2"})
+    whole = path.read_bytes()
+    for cut in range(first, len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        history.append(path, LINE | {"night": "3"})
+        nights, damaged = read(path)
+        complete = cut >= len(whole) - 1
+        assert [night["night"] for night in nights] == (["1", "2", "3"] if complete else ["1", "3"])
+        assert bool(damaged) == (first < cut < len(whole) - 1)
+
+
+def test_of_two_lines_of_one_night_the_later_counts(tmp_path):
+    path = tmp_path / "history.jsonl"
+    history.append(path, LINE | {"night": "1"})
+    history.append(path, LINE | {"night": "1", "figures": {"a": 2.0}})
+    (night,), _ = read(path)
+    assert night["figures"] == {"a": 2.0}
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "history.jsonl"
+    history.append(path, LINE | {"night": "1"})
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        history.append(path, LINE | {"night": "2"})
+    assert path.read_bytes() == before
+
+
+def test_values_that_a_gate_rejected_are_no_passes():
+    nights = [
+        {"figures": {"a": 1.0, "b": 1.0}, "regressions": []},
+        {"figures": {"a": 9.0, "b": 2.0}, "regressions": ["a"]},
+    ]
+    assert history.passes(nights) == {"a": [1.0], "b": [1.0, 2.0]}

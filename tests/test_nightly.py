@@ -1,0 +1,297 @@
+"""Nights with tiny notebooks, and everything that can happen to one: kills, full disks, hangs, cut files, two at once."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwlib import executing, files, gates, nightly, record
+from qwlib.errors import QwlibError
+
+ROWS = """
+held = json.loads(pathlib.Path(FACTS).read_text())
+rows = [{"scheme": name, "memory": {"weights_bytes": held[name], "state_bytes": 0}} for name in held]
+MORE = {"model": {"name": "m", "weights": "random"}, "rows": rows}
+"""
+
+
+class Place:
+    """A folder with notebooks that report what `facts.json` says, and where a night's files go."""
+
+    def __init__(self, folder: Path, notebook, record_cell: str):
+        self.notebooks, self.out, self.baselines = folder / "notebooks", folder / "runs", folder / "baselines"
+        self.facts, self.notebook, self.record_cell = folder / "facts.json", notebook, record_cell
+        self.report(nf4=100, bf16=400)
+        self.write("a", "b")
+
+    def report(self, **held: int) -> None:
+        self.facts.write_text(json.dumps(held))
+
+    def write(self, *names: str, **cells: str) -> None:
+        sizes = ""
+        for name in names:
+            parameters = f'OUT: str = ""  # folder\nFACTS: str = "{self.facts}"  # what to report'
+            rows = f"import json, pathlib\n{ROWS}{self.record_cell}"
+            self.notebook(cells.get(name, "x = 1"), rows, name=name, parameters=parameters, folder=self.notebooks)
+            sizes += f"[{name}]\ntimeout_s = 60\nsmoke = {{}}\nnightly = {{}}\n"
+        (self.notebooks / "sizes.toml").write_text(sizes)
+
+    def run(self, **options) -> nightly.Night:
+        return nightly.run(self.notebooks, self.out, size="smoke", baselines=self.baselines, **options)
+
+    def again(self, *names: str, **options) -> nightly.Night:
+        """The finished night judged anew, its notebooks `names` executed anew."""
+        for name in names:
+            (self.folder() / name / "record.json").unlink()
+        return self.run(resume=True, **options)
+
+    def folder(self) -> Path:
+        return (self.out / "latest").resolve()
+
+    def command(self, *options: str) -> list[str]:
+        where = ("--notebooks", self.notebooks, "--out", self.out, "--baselines", self.baselines, "--size", "smoke")
+        return [sys.executable, "-m", "qwlib", "nightly", *map(str, where), *options]
+
+    def page(self) -> str:
+        return (self.folder() / "index.html").read_text()
+
+
+@pytest.fixture
+def fresh(tmp_path, notebook, record_cell):
+    """Two notebooks, and no night yet."""
+    return Place(tmp_path, notebook, record_cell)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, record_cell):
+    """The files of a night that both notebooks passed."""
+    import conftest
+
+    folder = tmp_path_factory.mktemp("finished")
+    place = Place(folder, conftest.made, record_cell)
+    assert place.run().code == 0
+    return folder
+
+
+@pytest.fixture
+def place(finished, tmp_path, notebook, record_cell):
+    """A night that both notebooks passed, to do something to; no baseline yet."""
+    shutil.copytree(finished / "runs", tmp_path / "runs", symlinks=True)
+    return Place(tmp_path, notebook, record_cell)
+
+
+def until(condition, seconds: float = 90) -> None:
+    for _ in range(int(seconds * 10)):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
+
+
+def states(night) -> dict[str, str]:
+    return {
+        finding.name.partition("/")[2]: finding.state for finding in night.findings if "seconds" not in finding.name
+    }
+
+
+def test_nights_from_the_first_to_a_regression(place):
+    """By the command line: no baseline, accepted, fine, one byte more, accepted again."""
+
+    def night(*options: str) -> tuple[int, str]:
+        done = subprocess.run(place.command("--resume", *options), capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = night("--update-baseline")
+    assert code == 0, said
+    assert "a passed before, and its record is valid" in said
+    code, said = night()
+    assert code == 0, said
+    assert "Fine: 2 of 2 notebooks passed, 8 figures held" in said
+    place.report(nf4=101, bf16=400)
+    (place.folder() / "a" / "record.json").unlink()
+    code, said = night()
+    assert code == 1, said
+    assert "Regression: 2 of 2 notebooks passed, 1 of 8 figures regressed" in said
+    assert "a/m/nf4/weights_bytes" in said
+    assert "a/m/nf4/weights_bytes" in place.page()
+    assert place.again(update_baseline=True).code == 0
+    (baseline,) = place.baselines.glob("*.json")
+    assert '"value": 101' in baseline.read_text()
+    assert place.again().code == 0
+
+
+def test_without_a_baseline_nothing_is_judged_and_the_page_says_so(place):
+    night = place.again()
+    assert night.code == 0
+    assert set(states(night).values()) == {"new"}
+    assert "no baseline for smoke" in place.page()
+    assert "no figure judged" in place.page()
+
+
+def test_a_notebook_that_fails_is_2_and_takes_nothing_with_it(place):
+    place.again(update_baseline=True)
+    place.write("a", "b", a="raise ValueError('broken')")
+    night = place.again("a")
+    assert night.code == 2
+    assert [outcome.status for outcome in night.outcomes] == ["failed", "passed"]
+    assert states(night)["m/nf4/weights_bytes"] == "fine"  # b's; a's are named as not run
+    assert {f.cause for f in night.findings if f.name.startswith("a/")} == {"a failed"}
+
+
+def test_a_harness_that_fails_is_3_before_or_after(place):
+    (place.notebooks / "c.ipynb").write_text("{}")
+    with pytest.raises(QwlibError, match="does not list c"):
+        place.run()
+    done = subprocess.run(place.command(), capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "does not list c" in done.stderr
+    (place.notebooks / "c.ipynb").unlink()
+    text = (place.notebooks / "sizes.toml").read_text().replace("smoke = {}", "smoke = {MODLE = 1}", 1)
+    (place.notebooks / "sizes.toml").write_text(text)
+    night = place.again("a")
+    assert night.code == 3
+    assert night.outcomes[0].category == "unknown parameter"
+    assert night.outcomes[1].status == "passed"
+
+
+@pytest.mark.slow
+def test_a_killed_night_reports_and_goes_on_where_it_was(fresh):
+    """kill -9 of the runner: what was done is shown, nothing that it started goes on, and --resume runs the rest alone."""
+    place = fresh
+    wait = f"import time, pathlib\nif not pathlib.Path('{place.facts}.go').exists(): time.sleep(600)"
+    place.write("a", "b", b=wait)
+    runner = subprocess.Popen(place.command(), stdout=subprocess.DEVNULL)
+    until(lambda: len(list(place.out.glob("2*/b.ipynb"))) == 1)
+    (folder,) = place.out.glob("2*")
+    until(lambda: executing.running(folder / "b.ipynb") == "cell 3 of 4")
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    assert "Not finished: 1 of 2 notebooks passed so far" in place.page()
+    assert "not run yet" in place.page()
+    until(lambda: not executing.processes(str(folder / "b")), 30)
+    before = record.read(folder / "a" / "record.json")["created"]
+    Path(f"{place.facts}.go").touch()
+    done = subprocess.run(place.command("--resume"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"the night of process {runner.pid} did not end by itself" in done.stdout
+    assert "a passed before, and its record is valid" in done.stdout
+    assert "b passed in" in done.stdout
+    assert record.read(folder / "a" / "record.json")["created"] == before
+    assert list(place.out.glob("2*")) == [folder]
+    assert "Fine: 2 of 2" in place.page()
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "old"])
+def test_a_record_that_proves_nothing_any_more_is_made_again(place, harm):
+    path = place.folder() / "b" / "record.json"
+    if harm == "cut":
+        path.write_text(path.read_text()[: path.stat().st_size // 2])
+    elif harm == "gone":
+        path.unlink()
+    else:
+        files.write_text(path, json.dumps(json.loads(path.read_text()) | {"created": "2020-01-01T00:00:00+00:00"}))
+    kept = record.read(place.folder() / "a" / "record.json")["created"]
+    night = place.again()
+    assert len(list(place.out.glob("2*"))) == 1
+    assert night.code == 0
+    assert record.read(night.folder / "a" / "record.json")["created"] == kept
+    assert record.read(path)["created"] > kept
+
+
+def test_a_record_without_an_outcome_is_proof_enough(place):
+    """The runner died after the notebook's last cell: nothing is measured again."""
+    (place.folder() / "b" / "outcome.json").unlink()
+    kept = record.read(place.folder() / "b" / "record.json")["created"]
+    night = place.again()
+    assert night.code == 0
+    assert record.read(night.folder / "b" / "record.json")["created"] == kept
+    assert 0 < night.outcomes[1].seconds < 120
+
+
+def test_a_baseline_of_an_older_schema_is_3_and_the_night_is_kept(place):
+    place.again(update_baseline=True)
+    (path,) = place.baselines.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 0}))
+    night = place.again()
+    assert night.code == 3
+    assert [outcome.status for outcome in night.outcomes] == ["passed", "passed"]
+    assert "is of schema 0, and 1 is read here: accept tonight with --update-baseline" in place.page()
+    assert place.again(update_baseline=True).code == 0
+    assert Path(f"{path}.old").exists()
+    assert place.again().code == 0
+
+
+def test_a_damaged_line_of_the_history_is_told(place):
+    with open(place.out / "history.jsonl", "a") as file:
+        file.write('{"schema": 1, "nig')
+    night = place.again()
+    assert night.code == 0
+    assert any("line 2" in note for note in night.notes)
+    assert "line 2" in place.page()
+    assert len((place.out / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_two_nights_at_once_do_not_mix(place):
+    with nightly.alone(place.out):
+        done = subprocess.run(place.command(), capture_output=True, text=True)
+    assert done.returncode == 3
+    assert f"a night is running already, as process {os.getpid()}" in done.stderr
+    assert len(list(place.out.glob("2*"))) == 1
+    assert place.again().code == 0
+
+
+def test_nothing_to_resume_is_told(fresh):
+    with pytest.raises(QwlibError, match="no smoke night"):
+        fresh.run(resume=True)
+
+
+def test_a_disk_that_is_full_for_one_write_costs_that_write(place, monkeypatch):
+    """Report, baseline and history in turn: each is told, the rest is written, and the exit code says so."""
+    plain = files.write_text
+    for name in ("index.html", "summary.md", "baseline"):
+
+        def full(path, text, name=name):
+            if Path(path).name == name or (name == "baseline" and Path(path).parent == place.baselines):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return plain(path, text)
+
+        monkeypatch.setattr(files, "write_text", full)
+        night = place.again(update_baseline=True)
+        assert night.code == 3
+        assert "No space left on device" in night.trouble[0]
+        assert all(record.read(night.folder / each / "record.json") for each in "ab")
+        monkeypatch.undo()
+    assert place.again(update_baseline=True).code == 0
+    assert gates.read(next(place.baselines.glob("*.json")))
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_what_was_valid(fresh):
+    """A real one, of a megabyte: the second notebook fills it, the third finds no room."""
+    place = fresh
+    place.out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place.out], capture_output=True).returncode:
+        pytest.skip("a file system can't be mounted here")
+    try:
+        fill = "open(OUT + '/fill', 'wb').write(bytes(1 << 22))"
+        place.write("a", "b", "c", b=fill)
+        night = place.run()
+        assert night.code == 3
+        assert night.outcomes[0].status == "passed"
+        assert all(outcome.status in ("failed", "error") for outcome in night.outcomes[1:])
+        assert all("No space left on device" in outcome.reason for outcome in night.outcomes[1:])
+        assert record.read(night.folder / "a" / "record.json")
+        (night.folder / "b" / "fill").unlink()
+        place.write("a", "b", "c")
+        again = place.run(resume=True)
+        assert again.code == 0
+        assert again.folder == night.folder
+    finally:
+        subprocess.run(["umount", place.out], check=True)
