@@ -21,13 +21,14 @@ RowNames = Annotated[
 
 def _table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # what a notebook wrote may look like markup
     console = Console()
     console.print(table) if console.is_terminal else Console(width=200).print(table)
 
@@ -290,7 +291,7 @@ def nightly(
     _outcomes(night.outcomes)
     worse = [finding for finding in night.findings if finding.state == "regression"]
     if worse:
-        cells = [[f.name, f"{f.before:.6g}", "" if f.now is None else f"{f.now:.6g}", f.cause] for f in worse]
+        cells = [[f.name, report.number(f.before), report.number(f.now), f.cause] for f in worse]
         _table("Regressions", ["figure", "before", "now", "probable cause"], cells)
     for line in (*night.trouble, *night.notes, report.verdict(night)):
         print(line)

@@ -5,15 +5,18 @@ Four kinds of figure, four questions:
     exact    bytes of weights, scales and cache per token: counted, not timed. Any difference is a change.
     paired   perplexity, divergence, a guard's scores: the same model reads the same text again, so that sampling errors cancel
              and what is left is rounding. Two-sided, within one standard error of the accepted measurement, or a floor where
-             that is smaller (another processor's kernels move perplexity by some tenths of a per cent: docs/measured.md).
+             that is smaller (another processor's kernels moved perplexity by up to 0.15 %: docs/measured.md).
              A figure that suddenly improves is a change too: something else is being measured.
     ratio    speed over that of 16 bits in the same run, share of the roofline: what the machine does to one it does to both.
              One-sided, against the median of the last seven passes on this device, at least three.
     time     16 bits' own speed, a notebook's seconds: one-sided against the same median, half as slow again.
 
+Speed is judged at nightly size only: at smoke size a dozen tokens are timed once. One slow night is a suspicion, two running are
+a regression, and so is one that is twice beyond its tolerance: of many timed figures one strays nearly every night.
+
 A baseline is what was accepted: `baselines/<device>.json`, one figure a line, its tolerance beside it, changed by
 `--update-baseline` and reviewed like code; who, when and why stands in git. Speed is not in it: it lives in the history, which
-starts anew with an updated baseline. A regressed value never enters a median, or a slow week would make slowness the norm.
+starts anew with an updated baseline. A rejected value never enters a median, or a slow week would make slowness the norm.
 
 What it leaves out: trends too slow to cross a tolerance on any night (the report draws them), and corrections for looking at
 hundreds of figures; tolerances are wide enough for that.
@@ -23,14 +26,18 @@ import json
 import math
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import files, schemes
 from .errors import QwlibError
 
 SCHEMA = 1
-EXACT = ("weights_bytes", "state_bytes", "repacked_bytes", "kv_bytes_per_token")
+EXACT = (
+    "weights_bytes",
+    "state_bytes",
+    "kv_bytes_per_token",
+)  # not repacked_bytes: it depends on what a processor can do
 PPL_FLOOR = 0.005  # of the perplexity
 KLD_FLOOR = 0.002  # nats a token
 TOP1_FLOOR = 0.01
@@ -40,6 +47,37 @@ PASSES, NEEDED = 7, 3
 RATIO_SLACK, TIME_SLACK, MOST_SLACK = 0.15, 0.5, 0.5
 SECONDS_FLOOR = 60  # a notebook that is slower by less is not worth a look
 VANISHED = "tonight's record has no such figure"
+
+
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+_ACCEPTED = {
+    "type": "object",
+    "properties": {"value": {"type": "number"}, "tolerance": {"type": "number", "minimum": 0}},
+    "required": ["value"],
+}
+_SIZE = {
+    "type": "object",
+    "properties": {
+        "packages": _TEXTS,
+        "given": {"type": "object", "additionalProperties": {"type": "object"}},
+        "figures": {"type": "object", "additionalProperties": _ACCEPTED},
+    },
+    "required": ["packages", "given", "figures"],
+}
+BASELINE = {
+    "type": "object",
+    "properties": {"sizes": {"type": "object", "additionalProperties": _SIZE}},
+    "required": ["schema", "device", "sizes"],
+}
+
+
+@dataclass
+class Past:
+    """What the history knows: values of each figure that no gate rejected, oldest first; last night's suspects and packages."""
+
+    passes: dict[str, list[float]] = field(default_factory=dict)
+    suspects: set[str] = field(default_factory=set)
+    packages: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,7 +92,7 @@ class Figure:
 
 @dataclass
 class Finding:
-    """What became of one figure; `state` is fine, regression, new, learning, skipped or accepted."""
+    """What became of one figure; `state` is fine, suspect, regression, new, learning, skipped or accepted."""
 
     name: str
     state: str
@@ -103,14 +141,19 @@ def _short(value):
 
 
 def rows(outcome) -> dict[str, dict]:
-    """The rows of a notebook's record by name: `notebook/model/scheme`."""
+    """The rows of a notebook's record by name: `notebook/model/scheme`; a second row of one name has #2 at its end."""
     record, found = outcome.record, {}
     for row in record.get("rows", []):
         model = row.get("model") or record.get("model", {})
         label = row.get("scheme") or row.get("options") or "row"
         label = label["name"] if isinstance(label, dict) else label
-        name = model.get("name", "model").replace("/", "--")
-        found[f"{outcome.name}/{name}/{label}".replace(" ", "_")] = row
+        weights = "-random" if model.get("weights") == "random" else ""
+        parts = (outcome.name, model.get("name", "model") + weights, label)
+        name = "/".join(part.replace("/", "--").replace(" ", "_") for part in parts)
+        number = 1
+        while (numbered := name if number == 1 else f"{name}#{number}") in found:
+            number += 1
+        found[numbered] = row
     return found
 
 
@@ -141,58 +184,70 @@ def _quality(row: dict) -> dict[str, Figure]:
 
 
 def _guard(row: dict) -> dict[str, Figure]:
+    """Shares of the rows that each figure is a share of: one message more or less is never a change of the guard."""
     judged = row.get("guard", {})
+    unsafe, n = judged.get("positives", 0), judged.get("n", 0)
+    of = dict.fromkeys(GUARD, unsafe) | {"f1": unsafe / 2, "false_positive_rate": n - unsafe, "brier": n}
     found = {}
-    for key in GUARD:
-        if key in judged:
-            of = {"recall": judged["positives"], "false_positive_rate": judged["n"] - judged["positives"]}
-            share = min(max(judged[key], 0.0), 1.0)
-            stderr = math.sqrt(share * (1 - share) / max(1, of.get(key, judged["n"])))
-            found[key] = Figure(judged[key], "paired", max(GUARD_FLOOR, stderr))
+    for key in (key for key in GUARD if key in judged):
+        share, rows = min(max(judged[key], 0.0), 1.0), max(1, of[key])
+        stderr = math.sqrt(share * (1 - share) / rows)
+        found[key] = Figure(judged[key], "paired", max(GUARD_FLOOR, 1 / rows, stderr))
     return found
 
 
 def _speed(row: dict, reference: dict | None) -> dict[str, Figure]:
-    timed, base = row.get("speed"), (reference or {}).get("speed")
-    if not timed:
-        return {}
+    timed, base = row.get("speed", {}), (reference or {}).get("speed", {})
     found = {}
     if "roofline_share" in timed:
         found["roofline_share"] = Figure(timed["roofline_share"], "ratio")
-    if timed is base:
-        found["decode_tok_s"] = Figure(timed["decode_tok_s"], "time")
-        found["ttft_s"] = Figure(timed["ttft_s"]["p50"], "time", less=True)
-    elif base:
-        found["decode_over_16_bit"] = Figure(timed["decode_tok_s"] / base["decode_tok_s"], "ratio")
-        found["ttft_over_16_bit"] = Figure(timed["ttft_s"]["p50"] / base["ttft_s"]["p50"], "ratio", less=True)
+    for name, value, other, less in (
+        ("decode", timed.get("decode_tok_s"), base.get("decode_tok_s"), False),
+        ("ttft", timed.get("ttft_s", {}).get("p50"), base.get("ttft_s", {}).get("p50"), True),
+    ):
+        if value and timed is base:
+            found[{"decode": "decode_tok_s", "ttft": "ttft_s"}[name]] = Figure(value, "time", less=less)
+        elif value and other:
+            found[f"{name}_over_16_bit"] = Figure(value / other, "ratio", less=less)
     return found
 
 
-def judge(outcomes: list, baseline: dict | None, passes: dict[str, list[float]], before: dict) -> list[Finding]:
-    """A finding for every figure of tonight or of the baseline, regressions first.
+def judge(outcomes: list, baseline: dict | None, past: Past, *, timed: bool = True) -> list[Finding]:
+    """A finding for every figure of tonight, the baseline and the history, and for every row that failed; regressions first.
 
-    `baseline`: this device's and size's part of the baseline file, None where there is none. `passes`: the last values of each
-    speed figure, oldest first. `before`: the packages of the last pass, for figures that only the history knows.
+    `baseline`: this device's and size's part of the baseline file, None where there is none. `timed`: whether speed is judged.
     """
     now, facts = figures(outcomes), given(outcomes)
-    packages = packages_of(outcomes)
     accepted = (baseline or {}).get("figures", {})
-    then = (baseline or {}).get("packages") or before
-    findings = []
-    for name in sorted(now.keys() | accepted.keys()):
+    then = (baseline or {}).get("packages") or past.packages
+    known = {name for name, values in past.passes.items() if timed and len(values) >= NEEDED}
+    findings = [
+        _failed(name, row) for o in outcomes if o.status == "passed" for name, row in rows(o).items() if _broke(row)
+    ]
+    for name in sorted(now.keys() | accepted.keys() | known):
         figure, row = now.get(name), name.rpartition("/")[0]
         if figure is None:
-            findings.append(_gone(name, accepted[name], outcomes))
+            findings.append(_gone(name, accepted.get(name), outcomes))
             continue
         if figure.kind in ("exact", "paired"):
             finding = _against(name, figure, accepted.get(name))
+        elif timed:
+            finding = _over_time(name, figure, past.passes.get(name, []), name in past.suspects)
         else:
-            finding = _over_time(name, figure, passes.get(name, []))
-        if finding.state == "regression":
+            finding = Finding(name, "learning", figure.value, cause="speed is judged at nightly size")
+        if finding.state in ("regression", "suspect"):
             was = (baseline or {}).get("given", {}).get(row, {})
-            finding.cause = cause(then, packages, was, facts.get(row, {}))
+            finding.cause = cause(then, packages_of(outcomes), was, facts.get(row, {}))
         findings.append(finding)
     return sorted(findings, key=lambda finding: finding.state != "regression")
+
+
+def _broke(row: dict) -> bool:
+    return "failure" in row and not row["failure"].get("skipped")
+
+
+def _failed(name: str, row: dict) -> Finding:
+    return Finding(f"{name}/failed", "regression", cause=row["failure"]["reason"])
 
 
 def _against(name: str, figure: Figure, accepted: dict | None) -> Finding:
@@ -203,7 +258,7 @@ def _against(name: str, figure: Figure, accepted: dict | None) -> Finding:
     return Finding(name, "fine" if fine else "regression", figure.value, value, tolerance)
 
 
-def _over_time(name: str, figure: Figure, values: list[float]) -> Finding:
+def _over_time(name: str, figure: Figure, values: list[float], suspected: bool) -> Finding:
     values = values[-PASSES:]
     if len(values) < NEEDED:
         return Finding(name, "learning", figure.value, cause=f"{len(values)} of {NEEDED} passes that a median needs")
@@ -212,7 +267,8 @@ def _over_time(name: str, figure: Figure, values: list[float]) -> Finding:
     if name.endswith("/seconds"):
         tolerance = max(tolerance, SECONDS_FLOOR)
     worse = figure.value - middle if figure.less else middle - figure.value
-    return Finding(name, "regression" if worse > tolerance else "fine", figure.value, middle, tolerance)
+    state = "fine" if worse <= tolerance else "regression" if suspected or worse > 2 * tolerance else "suspect"
+    return Finding(name, state, figure.value, middle, tolerance)
 
 
 def slack(kind: str, values: list[float]) -> float:
@@ -227,18 +283,18 @@ def slack(kind: str, values: list[float]) -> float:
     return min(max(floor, 3 * spread / middle if middle else 0.0), MOST_SLACK)
 
 
-def _gone(name: str, accepted: dict, outcomes: list) -> Finding:
-    """A figure that the baseline has and tonight lacks: its notebook did not pass, its row was skipped, or it vanished."""
+def _gone(name: str, accepted: dict | None, outcomes: list) -> Finding:
+    """A known figure that tonight lacks: its notebook did not pass, its row failed or was skipped, or it vanished."""
     notebook, row = name.split("/")[0], name.rpartition("/")[0]
-    finding = Finding(name, "skipped", before=accepted["value"], tolerance=accepted.get("tolerance", 0.0))
+    accepted = accepted or {}
+    finding = Finding(name, "skipped", before=accepted.get("value"), tolerance=accepted.get("tolerance"))
     outcome = next((o for o in outcomes if o.name == notebook), None)
     if outcome is None or outcome.status != "passed":
         finding.cause = f"{notebook} {outcome.status if outcome else 'was not run'}"
-        return finding
-    failure = rows(outcome).get(row, {}).get("failure")
-    finding.cause = failure["reason"] if failure else VANISHED
-    if not (failure and failure.get("skipped")):
-        finding.state = "regression"
+    elif failure := rows(outcome).get(row, {}).get("failure"):
+        finding.cause = failure["reason"]
+    else:
+        finding.state, finding.cause = "regression", VANISHED
     return finding
 
 
@@ -268,30 +324,34 @@ def read(path: Path) -> dict | None:
 
     Raises QwlibError for a damaged file and for one of another schema.
     """
+    import jsonschema
+
     try:
         whole = json.loads(Path(path).read_text(encoding="utf-8"))
-        schema = whole["schema"]
+        if whole["schema"] == SCHEMA:
+            jsonschema.validate(whole, BASELINE)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QwlibError(f"{path} is damaged ({error}): take it from git again, or run --update-baseline") from None
-    if schema != SCHEMA:
+    except (ValueError, KeyError, TypeError, jsonschema.ValidationError) as error:
+        why = getattr(error, "message", str(error))[:200]
+        raise QwlibError(f"{path} is damaged ({why}): take it from git again, or run --update-baseline") from None
+    if whole["schema"] != SCHEMA:
         raise QwlibError(
-            f"{path} is of schema {schema}, and {SCHEMA} is read here: accept tonight with --update-baseline"
+            f"{path} is of schema {whole['schema']}, and {SCHEMA} is read here: accept tonight with --update-baseline"
         )
     return whole
 
 
 def accept(path: Path, device: str, size: str, outcomes: list) -> Path:
-    """Write what was measured tonight as this device's baseline at this size; rows of notebooks that did not pass, or that
-    were skipped or failed tonight, stay as they were. A file that can't be read is kept beside it, with `.old` at its end.
+    """Write what was measured tonight as this device's baseline at this size; figures of notebooks that did not pass, and of rows
+    that were skipped or failed, stay as they were. A file that can't be read is kept beside it, with `.old` at its end.
     """
     try:
         whole = read(path) or {"schema": SCHEMA, "device": device, "sizes": {}}
     except QwlibError:
         Path(path).replace(f"{path}.old")
         whole = {"schema": SCHEMA, "device": device, "sizes": {}}
-    old = whole["sizes"].get(size, {"figures": {}, "given": {}})
+    old = whole["sizes"].get(size, {"figures": {}, "given": {}, "packages": {}})
     new = {}
     for name, figure in figures(outcomes).items():
         if figure.kind in ("exact", "paired"):
@@ -302,13 +362,16 @@ def accept(path: Path, device: str, size: str, outcomes: list) -> Path:
     stays = {name: kept for name, kept in old["figures"].items() if name not in new and _stays(name, outcomes)}
     facts = {row: kept for row, kept in old["given"].items() if any(name.startswith(f"{row}/") for name in stays)}
     facts |= {row: fact for row, fact in given(outcomes).items() if any(name.startswith(f"{row}/") for name in new)}
-    packages = packages_of(outcomes) or old.get("packages", {})
-    whole["sizes"][size] = {"packages": packages, "given": facts, "figures": stays | new}
+    whole["sizes"][size] = {
+        "packages": packages_of(outcomes) or old["packages"],
+        "given": facts,
+        "figures": stays | new,
+    }
     return files.write_text(path, _lines(whole))
 
 
 def _stays(name: str, outcomes: list) -> bool:
-    return _gone(name, {"value": 0.0}, outcomes).cause != VANISHED
+    return _gone(name, None, outcomes).cause != VANISHED
 
 
 def _lines(whole: dict) -> str:

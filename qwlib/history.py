@@ -1,17 +1,36 @@
 """What every night measured, one JSON line a night, appended and never rewritten.
 
     {"schema": 1, "night": "20261123-013000", "size", "device", "packages", "notebooks": [{name, status, seconds, signature}],
-     "figures": {name: value}, "regressions": [name], "accepted": true after --update-baseline}
+     "figures": {name: value}, "regressions": [name], "suspects": [name], "accepted": true after --update-baseline}
 
 A line that a crash or a full disk cut short is reported by its number and skipped; it stays in the file, and the next night
 begins a line of its own. Of two lines of one night (a resumed one), the later counts.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
+from . import gates
+
 SCHEMA = 1
+_NAMES = {"type": "array", "items": {"type": "string"}}
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+NIGHT = {
+    "type": "object",
+    "properties": {
+        "schema": {"const": SCHEMA},
+        "night": {"type": "string"},
+        "size": {"type": "string"},
+        "device": {"type": "string"},
+        "packages": _TEXTS,
+        "figures": {"type": "object", "additionalProperties": {"type": "number"}},
+        "regressions": _NAMES,
+        "suspects": _NAMES,
+    },
+    "required": ["schema", "night", "size", "device", "packages", "figures", "regressions", "suspects"],
+}
 
 
 def append(path: Path, line: dict) -> None:
@@ -38,8 +57,10 @@ def _ends_a_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def read(path: Path, *, size: str, device: str) -> tuple[list[dict], list[str]]:
-    """(the nights of this size on this device, oldest first; a line for a reader on each line that is damaged)."""
+def read(path: Path, *, size: str) -> tuple[list[dict], list[str]]:
+    """(the nights of this size, oldest first; a line for a reader on each line that is damaged)."""
+    import jsonschema
+
     nights, damaged = {}, []
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -50,24 +71,29 @@ def read(path: Path, *, size: str, device: str) -> tuple[list[dict], list[str]]:
             continue
         try:
             night = json.loads(line)
-            if night["schema"] != SCHEMA:
-                raise ValueError(f"schema {night['schema']}")
-            if (night["size"], night["device"]) == (size, device):
-                if not all(isinstance(value, int | float) for value in night["figures"].values()):
-                    raise ValueError("a figure that is no number")
-                nights[night["night"]] = night
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            damaged.append(f"{Path(path).name}, line {number}: {type(error).__name__} {error}; skipped")
+            jsonschema.validate(night, NIGHT)
+            if not all(map(math.isfinite, night["figures"].values())):
+                raise ValueError("a figure that is no number")
+        except (ValueError, jsonschema.ValidationError) as error:
+            why = getattr(error, "message", str(error))[:100]
+            damaged.append(f"{Path(path).name}, line {number} is skipped: {why}")
+            continue
+        if night["size"] == size:
+            before = nights.get(night["night"], {})
+            nights[night["night"]] = night | ({"accepted": True} if before.get("accepted") else {})
     return sorted(nights.values(), key=lambda night: night["night"]), damaged
 
 
-def passes(nights: list[dict]) -> dict[str, list[float]]:
-    """The values of each figure, oldest first, that no gate rejected, since a baseline was accepted last."""
-    found: dict[str, list[float]] = {}
+def past(nights: list[dict]) -> gates.Past:
+    """What nights of one device say about the next: values that no gate rejected, since a baseline was accepted last."""
+    passes: dict[str, list[float]] = {}
     for night in nights:
         if night.get("accepted"):
-            found = {}
+            passes = {}
+        rejected = {*night["regressions"], *night["suspects"]}
         for name, value in night["figures"].items():
-            if name not in night["regressions"]:
-                found.setdefault(name, []).append(value)
-    return found
+            if name not in rejected:
+                passes.setdefault(name, []).append(value)
+    last = nights[-1] if nights else {"regressions": [], "suspects": [], "packages": {}}
+    # what was rejected stays under suspicion: a slow week is one regression after the other
+    return gates.Past(passes, {*last["suspects"], *last["regressions"]}, last["packages"])

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,36 +77,40 @@ def run(
             if outcome:
                 print(f"{outcome.name} passed before, and its record is valid", flush=True)
             night.outcomes.append(outcome or runner.execute(plan, folder))
-            with _told(night, "the report"):
+            with _told(night, "the report could not be written"):
                 report.write_night(night)
                 runner.point_latest(folder)
         # not asked before: this process would keep memory of the GPU that the notebooks are to have
         night.device = next((o.record["env"]["device"] for o in night.outcomes if o.record), "") or record.device_name()
-        _judge(night, out / "history.jsonl", gates.path_of(baselines, night.device), update_baseline)
+        with _told(night, "the night could not be judged"):
+            _judge(night, out / "history.jsonl", gates.path_of(baselines, night.device), update_baseline)
         night.finished = True
-        with _told(night, "the report"):
+        with _told(night, "the report could not be written"):
             report.write_night(night)
             runner.scrub(folder)
         return night
 
 
 def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
-    baseline = None
+    """Judge what was measured, accept it if that is wanted, and append the night to the history."""
+    baseline, nights = None, []
     try:
-        baseline = gates.read(file)
+        with _told(night, "the baseline could not be read"):
+            baseline = gates.read(file)
     except QwlibError as error:
         (night.notes if update_baseline else night.trouble).append(str(error))
-    with _told(night, "the history"):
-        night.nights, damaged = history.read(kept, size=night.size, device=night.device)
+    with _told(night, "the history could not be read"):
+        nights, damaged = history.read(kept, size=night.size)
         night.notes += damaged
-    earlier = [each for each in night.nights if each["night"] != night.folder.name]
+    nights = [each for each in nights if each["night"] != night.folder.name]
+    _same_device(night, nights)
+    earlier = [each for each in nights if each["device"] == night.device]
     accepted = (baseline or {}).get("sizes", {}).get(night.size)
-    before = earlier[-1].get("packages", {}) if earlier else {}
-    night.findings = gates.judge(night.outcomes, accepted, history.passes(earlier), before)
     if accepted is None and not update_baseline:
         night.notes.append(
             f"no baseline for {night.size} on {night.device}: --update-baseline accepts what was measured"
         )
+    night.findings = gates.judge(night.outcomes, accepted, history.past(earlier), timed=night.size == "nightly")
     line = {
         "night": night.folder.name,
         "size": night.size,
@@ -116,28 +121,42 @@ def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
             for o in night.outcomes
         ],
         "figures": {name: figure.value for name, figure in gates.figures(night.outcomes).items()},
-        "regressions": [finding.name for finding in night.findings if finding.state == "regression"],
     }
     if update_baseline:
-        with _told(night, "the baseline"):
+        with _told(night, "the baseline could not be written"):
             night.notes.append(f"accepted as {gates.accept(file, night.device, night.size, night.outcomes).name}")
+            line["accepted"] = True
             for finding in night.findings:
-                if finding.state == "regression":
-                    finding.state, finding.cause = "accepted", f"accepted as the new baseline; {finding.cause}"
-            line |= {"regressions": [], "accepted": True}
-    with _told(night, "the history"):
+                if not finding.name.endswith("/failed") and finding.state in ("regression", "suspect", "new"):
+                    finding.state = "accepted"
+    for state, names in (("regression", "regressions"), ("suspect", "suspects")):
+        line[names] = [finding.name for finding in night.findings if finding.state == state]
+    with _told(night, "the history could not be written"):
         history.append(kept, line)
     night.nights = [*earlier, line]
 
 
+def _same_device(night: Night, nights: list[dict]) -> None:
+    """A GPU that is gone is no fine night: figures of two devices are not compared."""
+    devices = sorted({o.record["env"]["device"] for o in night.outcomes if o.record})
+    if len(devices) > 1:
+        night.trouble.append(f"the device changed during the night: {', '.join(devices)}")
+    if nights and nights[-1]["device"] != night.device:
+        line = f"the nights before were on {nights[-1]['device']}, this one is on {night.device}: is a device gone?"
+        night.trouble.append(f"{line} From the next night on this is the new device")
+
+
 @contextlib.contextmanager
 def _told(night: Night, what: str) -> Iterator[None]:
-    """A write that fails is told, and stops nothing else."""
+    """What fails is told, and stops nothing else: a full disk, or a mistake of ours over what a notebook wrote."""
     try:
         yield
-    except OSError as error:
-        night.trouble.append(f"{what} could not be written: {error}")
-        print(f"{what} could not be written: {error}", file=sys.stderr)
+    except QwlibError:
+        raise
+    except Exception as error:
+        reason = runner.hide_tokens(f"{what}: {type(error).__name__}: {error}")
+        night.trouble.append(reason)
+        print(reason, file=sys.stderr)
 
 
 def _begin(out: Path, size: str) -> tuple[Path, datetime]:
@@ -149,14 +168,14 @@ def _begin(out: Path, size: str) -> tuple[Path, datetime]:
 def _last(out: Path, size: str) -> tuple[Path, datetime]:
     """The last night of this size, and when it began."""
     for state in sorted(out.glob(f"*/{STATE}"), reverse=True):
-        if state.parent.is_symlink():
+        if not re.fullmatch(r"\d{8}-\d{6}(-\d+)?", state.parent.name):
             continue
         try:
             known = json.loads(state.read_text(encoding="utf-8"))
             if known["size"] == size:
                 return state.parent, datetime.fromisoformat(known["began"])
-        except (OSError, ValueError, KeyError):
-            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise QwlibError(f"{state} is damaged ({error}): start a new night, without --resume") from None
     raise QwlibError(f"there is no {size} night in {out} to resume: start one without --resume")
 
 
@@ -167,7 +186,7 @@ def alone(out: Path) -> Iterator[None]:
     Raises QwlibError where another process holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "night.lock", "a+", encoding="utf-8") as lock:
+    with open(out / "night.lock", "a+", encoding="utf-8", errors="replace") as lock:
         lock.seek(0)
         owner = lock.read().strip() or "unknown"
         try:

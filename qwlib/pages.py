@@ -11,6 +11,9 @@ from . import files
 
 TAGS = "p h1 h2 h3 h4 table thead tbody tr th td pre span div details summary hr br"
 MATH = "math mrow mi mo mn msub msup msubsup mfrac msqrt mtext mspace munder mover munderover mstyle mtable mtr mtd"
+SHOWN = ("text/html", "text/markdown", "text/plain", "image/png")  # of what a cell put out; the rest could act
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
+HEAD = f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
 CODE = "<style>.jp-RenderedMarkdown code, .jp-RenderedMarkdown pre { font-family: monospace; }</style>"
 
 
@@ -47,20 +50,26 @@ def write(executed: Path | None) -> str:
         urls = dict.fromkeys(("mathjax_url", "require_js_url", "mermaid_js_url", "jquery_url"), "")
         tags = Config(SanitizeHTML={"tags": _harmless_tags()})
         exporter = HTMLExporter(config=tags, sanitize_html=True, filters={"clean_html": _clean}, **urls)
-        body, _ = exporter.from_notebook_node(_without_style_sheets(executed))
-        files.write_text(page, body.replace("</head>", f"{CODE}</head>", 1))
+        body, _ = exporter.from_notebook_node(_shown(executed))
+        body = re.sub(r"(?is)<script\b.*?</script>", "", body)  # the template's own: nothing is to run
+        files.write_text(page, body.replace("<head>", HEAD, 1).replace("</head>", f"{CODE}</head>", 1))
     return page.name
 
 
-def _without_style_sheets(executed: Path):
-    """The notebook, its tables bare: cleaning would take a style sheet's tag away and leave its text standing."""
+def _shown(executed: Path):
+    """The notebook with outputs of known kinds only, its tables bare: cleaning would take a style sheet's tag away and leave its
+    text standing.
+    """
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            if html_text := output.get("data", {}).get("text/html"):
-                output["data"]["text/html"] = re.sub(r"(?is)<style.*?</style>", "", html_text)
+            if "data" in output:
+                output["metadata"] = {}
+                output["data"] = {kind: data for kind, data in output["data"].items() if kind in SHOWN}
+                if html_text := output["data"].get("text/html"):
+                    output["data"]["text/html"] = re.sub(r"(?is)<style.*?</style>", "", html_text)
     return notebook
 
 

@@ -214,9 +214,8 @@ def new(kind: str, **parts) -> dict:
     return base | {name: part for name, part in parts.items() if part is not None}
 
 
-def environment() -> dict:
-    """Python, platform, processor, device and package versions; nothing that names a user or a path."""
-    import os
+def packages() -> dict[str, str]:
+    """Versions of the packages that matter here, those that are installed."""
     from importlib import metadata
 
     versions = {}
@@ -225,13 +224,20 @@ def environment() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def environment() -> dict:
+    """Python, platform, processor, device and package versions; nothing that names a user or a path."""
+    import os
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": f"{_cpu_name()}, {cores} cores",
         "device": device_name(),
-        "packages": versions,
+        "packages": packages(),
     }
 
 

@@ -26,7 +26,8 @@ def write_night(night) -> Path:
     """Write `index.html` and `summary.md` of a night as far as it is: half a night has a page too."""
     done = {o.name for o in night.outcomes}
     waiting = [{"name": name, "status": "not run yet", "look": "soft"} for name in night.names if name not in done]
-    trends = {name: [n["figures"][name] for n in night.nights if name in n["figures"]] for name in _figures(night)}
+    names = {finding.name for finding in night.findings}
+    trends = {name: [n["figures"][name] for n in night.nights if name in n["figures"]] for name in names}
     words = verdict(night)
     where = f"{night.size}, {_where(night.folder, night.outcomes)}"
     page = _render(
@@ -56,20 +57,15 @@ def verdict(night) -> str:
     ran = f"{passed} of {len(night.names) - skipped} notebooks passed" + (f", {skipped} skipped" if skipped else "")
     if not night.finished:
         return f"Not finished: {ran} so far"
-    worse = sum(f.state == "regression" for f in night.findings)
-    judged = worse + sum(f.state in ("fine", "accepted") for f in night.findings)
-    held = (
-        f"{worse} of {judged} figures regressed"
-        if worse
-        else f"{judged} figures held"
-        if judged
-        else "no figure judged"
+    worse, suspects, held = (
+        sum(f.state in states for f in night.findings)
+        for states in (("regression",), ("suspect",), ("fine", "accepted"))
     )
+    said = [f"{worse} of {worse + suspects + held} figures regressed"] if worse else []
+    said += [f"{held} figures held"] if held and not worse else []
+    said += [f"{suspects} slower than usual, for one night"] if suspects else []
+    held = ", ".join(said) or "no figure judged"
     return f"{('Fine', 'Regression', 'Failed', 'The harness failed')[night.code]}: {ran}, {held}"
-
-
-def _figures(night) -> set[str]:
-    return {finding.name for finding in night.findings}
 
 
 def _render(folder: Path, outcomes: list, *, waiting: list = (), **parts) -> Path:
@@ -80,7 +76,9 @@ def _render(folder: Path, outcomes: list, *, waiting: list = (), **parts) -> Pat
     )
     drawn = [{"name": o.name, "figures": pages.figures(o.executed)} for o in outcomes]
     rows = [_row(outcome) for outcome in outcomes] + list(waiting)
-    page = template.render(notebooks=rows, drawn=[each for each in drawn if each["figures"]], **parts)
+    page = template.render(
+        policy=pages.POLICY, notebooks=rows, drawn=[each for each in drawn if each["figures"]], **parts
+    )
     return files.write_text(Path(folder) / "index.html", page)
 
 
@@ -111,21 +109,22 @@ def _where(folder: Path, outcomes: list) -> str:
     return f"{Path(folder).name} UTC on {device}; Python {environment['python']}, {versions}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A figure for a reader: bytes in full, all else in four digits, nothing for none."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _shown(finding) -> dict:
-    tolerance = "exact" if finding.tolerance == 0 else f"± {_number(finding.tolerance)}" if finding.tolerance else ""
+    tolerance = "exact" if finding.tolerance == 0 else f"± {number(finding.tolerance)}" if finding.tolerance else ""
     return {
         "name": finding.name,
         "short": finding.name.partition("/")[2],
         "state": finding.state,
         "look": _look(finding.state),
-        "now": _number(finding.now),
-        "before": _number(finding.before),
+        "now": number(finding.now),
+        "before": number(finding.before),
         "tolerance": tolerance,
         "cause": finding.cause,
         "why": finding.cause if finding.state != "regression" else "",
@@ -160,7 +159,7 @@ def _trend(values: list[float]) -> dict | None:
         "points": " ".join(f"{a:.1f},{b:.1f}" for a, b in points),
         "x": f"{x:.1f}",
         "y": f"{y:.1f}",
-        "title": f"{len(values)} nights, {_number(low)} to {_number(high)}",
+        "title": f"{len(values)} nights, {number(low)} to {number(high)}",
     }
 
 
@@ -178,11 +177,16 @@ def _plots(outcomes: list) -> list[dict]:
         )
         shown = {name: row for name, row in best[1].items() if part in row and "memory" in row} if best else {}
         for model in sorted({name.split("/")[1] for name in shown}):
-            own = {name.split("/")[2]: row for name, row in shown.items() if name.split("/")[1] == model}
+            own = {_label(name.split("/")[2]): row for name, row in shown.items() if name.split("/")[1] == model}
             if len(own) > 1:
                 png = base64.b64encode(draw(plots, own)._repr_png_()).decode()
                 found.append({"png": png, "caption": f"{model}: {caption} ({best[0].name})"})
     return found
+
+
+def _label(name: str) -> str:
+    """A name in a figure: short, and its dollars no formula's."""
+    return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
 
 
 def _what_a_byte_buys(plots, rows: dict[str, dict]):
@@ -201,7 +205,7 @@ def _held(row: dict) -> float:
 
 def _markdown(night, words: str, where: str) -> str:
     """The summary; what notebooks wrote stands in code spans, where Markdown and HTML are text."""
-    lines = [f"## {words}", "", where, ""]
+    lines = [f"## {words}", "", _code(where), ""]
     lines += [f"- {_code(note)}" for note in (*night.trouble, *night.notes)]
     lines += ["", "| notebook | status | time | memory | reason |", "|---|---|--:|--:|---|"]
     for row in map(_row, night.outcomes):

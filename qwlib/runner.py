@@ -24,6 +24,7 @@ from . import executing, files, record, report
 from .errors import QwlibError
 
 TIMEOUT_S = 3600
+REASON = 2000  # characters of a reason that are shown
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN")
 
 
@@ -83,12 +84,12 @@ def execute(plan: Plan, folder: Path) -> Outcome:
         try:
             ended, peak = _in_a_process(plan, executed, home)
             outcome = _judged(name, ended, home, now)
-        except OSError as error:  # a full disk: what was done before stays, the others are still tried
-            outcome, peak = Outcome(name, "error", reason=str(error), category="harness"), 0
+        except Exception as error:  # such as a full disk: what was done before stays, the others are still tried
+            outcome, peak = Outcome(name, "error", reason=f"{type(error).__name__}: {error}", category="harness"), 0
         outcome.seconds, outcome.peak_bytes, outcome.executed = time.monotonic() - began, peak, executed
     if outcome.category:
         outcome.signature = executing.signature(outcome.category, outcome.reason)
-        outcome.reason = hide_tokens(outcome.reason)
+        outcome.reason = hide_tokens(outcome.reason)[:REASON]
     try:
         scrub(folder)
         keep(outcome, home)
@@ -103,11 +104,11 @@ def execute(plan: Plan, folder: Path) -> Outcome:
 def _in_a_process(plan: Plan, executed: Path, home: Path) -> tuple[dict, int]:
     """(how it ended, peak bytes); every process that it started is gone when this comes back."""
     home.mkdir(parents=True, exist_ok=True)
-    for old in (home / "ended.json", home / "record.json", executed):
+    for old in (home / "ended.json", home / "record.json", home / "outcome.json", executed):
         old.unlink(missing_ok=True)
     job = {"notebook": str(plan.path.resolve()), "executed": str(executed), "ended": str(home / "ended.json")}
     job["parameters"] = plan.parameters | {"OUT": str(home)}
-    files.write_text(home / "job.json", json.dumps(job))
+    files.write_text(home / "job.json", json.dumps(job | {"asked": _asked(plan)}))
     with open(home / "log.txt", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "qwlib.executing", str(home / "job.json")],
@@ -120,10 +121,10 @@ def _in_a_process(plan: Plan, executed: Path, home: Path) -> tuple[dict, int]:
         try:
             late, peak = _watched(process, plan.timeout_s, executed)
         finally:
-            at = executing.running(executed)
             executing.end(str(home))
             process.stdin.close()
             process.wait()
+    at = executing.running(executed)
     if late:
         reason = f"ended after {plan.timeout_s:g} s in {at}"
         return {"status": "timeout", "category": "timeout", "reason": reason}, peak
@@ -133,6 +134,11 @@ def _in_a_process(plan: Plan, executed: Path, home: Path) -> tuple[dict, int]:
         last = (home / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         why = f"its process ended with {process.returncode} in {at}" + (f": {last[-1]}" if last else "")
         return {"status": "error", "category": "harness", "reason": why}, peak
+
+
+def _asked(plan: Plan) -> dict:
+    """What is executed, and with what: a result counts for these alone."""
+    return {"parameters": plan.parameters, "sha256": files.sha256(plan.path)}
 
 
 def _watched(process, timeout_s: float, executed: Path) -> tuple[bool, int]:
@@ -178,7 +184,7 @@ def _judged(name: str, ended: dict, home: Path, began: datetime) -> Outcome:
 
 
 def proved(home: Path, began: datetime) -> dict:
-    """The record that proves a pass.
+    """The record that proves a pass, without the environment's tokens.
 
     Raises QwlibError for one that is missing, damaged, of another kind, or older than this run.
     """
@@ -188,7 +194,7 @@ def proved(home: Path, began: datetime) -> dict:
         raise QwlibError(f"the last cell did not write a valid record: {error}") from None
     if written["kind"] != "notebook" or datetime.fromisoformat(written["created"]) < began:
         raise QwlibError("the record is not of this run")
-    return written
+    return json.loads(hide_tokens(json.dumps(written)))
 
 
 def keep(outcome: Outcome, home: Path) -> None:
@@ -199,9 +205,15 @@ def keep(outcome: Outcome, home: Path) -> None:
 
 
 def kept(plan: Plan, folder: Path, began: datetime) -> Outcome | None:
-    """The outcome of a notebook that passed since `began`, and whose record still proves it; None where it is to be run."""
+    """The outcome of a notebook that passed since `began`, and whose record still proves it; None where it is to be run.
+
+    It counts for the same notebook with the same parameters under the same packages only.
+    """
     home, executed = folder / plan.path.stem, folder / plan.path.name
     try:
+        job = json.loads((home / "job.json").read_text(encoding="utf-8"))
+        if plan.skip or job["asked"] != _asked(plan):
+            return None
         if (home / "outcome.json").exists():
             outcome = Outcome(**json.loads((home / "outcome.json").read_text(encoding="utf-8")))
         else:  # the night was killed between the record and the outcome
@@ -210,9 +222,9 @@ def kept(plan: Plan, folder: Path, began: datetime) -> Outcome | None:
         if outcome.status != "passed" or executing.unfinished(executed):
             return None
         outcome.executed, outcome.record = executed, proved(home, began)
-    except (OSError, ValueError, TypeError, QwlibError):
+    except (OSError, ValueError, TypeError, KeyError, QwlibError):
         return None
-    return outcome
+    return outcome if outcome.record["env"]["packages"] == record.packages() else None
 
 
 def hide_tokens(text: str) -> str:
@@ -234,7 +246,7 @@ def scrub(folder: Path) -> None:
 
 
 def _tokens() -> list[str]:
-    return [value for name in TOKENS if len(value := os.environ.get(name, "")) >= 8]
+    return [value for name in TOKENS if len(value := os.environ.get(name, "").strip()) >= 8]
 
 
 def new_folder(out: Path) -> Path:

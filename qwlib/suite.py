@@ -37,17 +37,30 @@ def plans(folder: Path, size: str, *, gpu: bool | None = None) -> list[Plan]:
     return [_plan(path, rows[name], size, file, gpu) for name, path in paths.items()]
 
 
-def _plan(path: Path, row: dict, size: str, file: Path, gpu: bool | None) -> Plan:
+def _plan(path: Path, row, size: str, file: Path, gpu: bool | None) -> Plan:
+    where = f"{file}: {path.stem}"
+    if not isinstance(row, dict):
+        raise QwlibError(f"{where} is not a table")
     if unknown := sorted(row.keys() - {"timeout_s", "gpu", *SIZES}):
-        raise QwlibError(f"{file}: {path.stem} has {', '.join(unknown)}; known are timeout_s, gpu, {', '.join(SIZES)}")
+        raise QwlibError(f"{where} has {', '.join(unknown)}; known are timeout_s, gpu, {', '.join(SIZES)}")
     if size not in row:
-        raise QwlibError(f"{file}: {path.stem} has no {size}")
-    if isinstance(row[size], str):
+        raise QwlibError(f"{where} has no {size}")
+    timeout_s = row.get("timeout_s", TIMEOUT_S)
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
+        raise QwlibError(f"{where}: timeout_s is a number of seconds, not {timeout_s!r}")
+    if isinstance(row[size], str) and row[size].strip():
         return Plan(path, skip=row[size])
-    parameters = dict(row[size])
-    if size == "nightly" and row.get("gpu"):
-        parameters |= row["gpu"] if (_has_gpu() if gpu is None else gpu) else {}
-    return Plan(path, parameters, row.get("timeout_s", TIMEOUT_S))
+    chosen = [row[size]]
+    if size == "nightly" and row.get("gpu") and (_has_gpu() if gpu is None else gpu):
+        chosen.append(row["gpu"])
+    parameters = {}
+    for part in chosen:
+        if not isinstance(part, dict) or not all(isinstance(value, str | int | float) for value in part.values()):
+            raise QwlibError(
+                f"{where}: {size} and gpu are tables of texts, numbers, true and false, or a reason to skip"
+            )
+        parameters |= part
+    return Plan(path, parameters, timeout_s)
 
 
 def _has_gpu() -> bool:

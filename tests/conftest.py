@@ -64,6 +64,12 @@ def lm():
         yield loaded
 
 
+@pytest.fixture(autouse=True)
+def no_step_summary(monkeypatch):
+    """Nights of the tests are not those of the workflow that runs the tests."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+
+
 @pytest.fixture(scope="session")
 def record_cell():
     """The source of a cell that writes a true record into OUT without importing torch first, so that it takes no seconds."""
@@ -86,6 +92,8 @@ def made(*cells: str, name: str = "n", parameters: str = 'OUT: str = ""  # folde
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     whole.cells = [first, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
     whole.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for number, cell in enumerate(whole.cells):
+        cell.id = f"cell-{number}"  # nbformat draws them: the same cells are to be the same file
     folder.mkdir(exist_ok=True)
     nbformat.write(whole, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"

@@ -6,21 +6,21 @@ import pytest
 
 from qwlib import history
 
-LINE = {"size": "smoke", "device": "cpu", "figures": {"a": 1.5}, "regressions": [], "packages": {}}
+LINE = {"size": "smoke", "device": "cpu", "figures": {"a": 1.5}, "regressions": [], "suspects": [], "packages": {}}
 
 
 def read(path):
-    return history.read(path, size="smoke", device="cpu")
+    return history.read(path, size="smoke")
 
 
-def test_nights_come_back_in_order_and_by_device(tmp_path):
+def test_nights_come_back_in_order_and_by_size(tmp_path):
     path = tmp_path / "runs" / "history.jsonl"
-    for night, device in (("2", "cpu"), ("1", "cpu"), ("3", "gpu")):
-        history.append(path, LINE | {"night": night, "device": device})
+    for night, size in (("2", "smoke"), ("1", "smoke"), ("3", "nightly")):
+        history.append(path, LINE | {"night": night, "size": size})
     nights, damaged = read(path)
     assert [night["night"] for night in nights] == ["1", "2"]
     assert damaged == []
-    assert history.read(tmp_path / "none", size="smoke", device="cpu") == ([], [])
+    assert read(tmp_path / "none") == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,11 @@ def test_nights_come_back_in_order_and_by_device(tmp_path):
         "[]",
         "1",
         "\x00\xff",
-        json.dumps({"schema": 1, "night": "x"} | LINE | {"figures": {"a": "b"}}),
+        *(
+            json.dumps({"schema": 1, "night": "x"} | LINE | {"figures": {"a": value}})
+            for value in ("b", float("nan"), None)
+        ),
+        json.dumps({"schema": 1, "night": 3} | LINE),
     ],
 )
 def test_a_damaged_line_is_told_and_stays(tmp_path, bad):
@@ -88,7 +92,25 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 def test_values_that_a_gate_rejected_are_no_passes():
     nights = [
-        {"figures": {"a": 1.0, "b": 1.0}, "regressions": []},
-        {"figures": {"a": 9.0, "b": 2.0}, "regressions": ["a"]},
+        {"figures": {"a": 1.0, "b": 1.0, "c": 1.0}, "regressions": [], "suspects": [], "packages": {}},
+        {
+            "figures": {"a": 9.0, "b": 2.0, "c": 9.0},
+            "regressions": ["a"],
+            "suspects": ["c"],
+            "packages": {"torch": "1"},
+        },
     ]
-    assert history.passes(nights) == {"a": [1.0], "b": [1.0, 2.0]}
+    past = history.past(nights)
+    assert past.passes == {"a": [1.0], "b": [1.0, 2.0], "c": [1.0]}
+    assert past.suspects == {"a", "c"}
+    assert past.packages == {"torch": "1"}
+    assert history.past([]).passes == {}
+
+
+def test_what_was_accepted_stays_accepted_when_the_night_is_judged_again(tmp_path):
+    path = tmp_path / "history.jsonl"
+    history.append(path, LINE | {"night": "1"})
+    history.append(path, LINE | {"night": "2", "accepted": True, "figures": {"a": 9.0}})
+    history.append(path, LINE | {"night": "2", "figures": {"a": 9.0}})
+    nights, _ = read(path)
+    assert history.past(nights).passes == {"a": [9.0]}

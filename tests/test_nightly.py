@@ -18,7 +18,7 @@ from qwlib.errors import QwlibError
 ROWS = """
 held = json.loads(pathlib.Path(FACTS).read_text())
 rows = [{"scheme": name, "memory": {"weights_bytes": held[name], "state_bytes": 0}} for name in held]
-MORE = {"model": {"name": "m", "weights": "random"}, "rows": rows}
+MORE = {"model": {"name": "m", "weights": "trained"}, "rows": rows}
 """
 
 
@@ -37,7 +37,7 @@ class Place:
     def write(self, *names: str, **cells: str) -> None:
         sizes = ""
         for name in names:
-            parameters = f'OUT: str = ""  # folder\nFACTS: str = "{self.facts}"  # what to report'
+            parameters = 'OUT: str = ""  # folder\nFACTS: str = "../facts.json"  # what to report'
             rows = f"import json, pathlib\n{ROWS}{self.record_cell}"
             self.notebook(cells.get(name, "x = 1"), rows, name=name, parameters=parameters, folder=self.notebooks)
             sizes += f"[{name}]\ntimeout_s = 60\nsmoke = {{}}\nnightly = {{}}\n"
@@ -137,8 +137,8 @@ def test_without_a_baseline_nothing_is_judged_and_the_page_says_so(place):
 
 def test_a_notebook_that_fails_is_2_and_takes_nothing_with_it(place):
     place.again(update_baseline=True)
-    place.write("a", "b", a="raise ValueError('broken')")
-    night = place.again("a")
+    place.write("a", "b", a="raise ValueError('[/no] markup [cuda]')")
+    night = place.again()  # another notebook than the one that passed: it is run again
     assert night.code == 2
     assert [outcome.status for outcome in night.outcomes] == ["failed", "passed"]
     assert states(night)["m/nf4/weights_bytes"] == "fine"  # b's; a's are named as not run
@@ -155,7 +155,7 @@ def test_a_harness_that_fails_is_3_before_or_after(place):
     (place.notebooks / "c.ipynb").unlink()
     text = (place.notebooks / "sizes.toml").read_text().replace("smoke = {}", "smoke = {MODLE = 1}", 1)
     (place.notebooks / "sizes.toml").write_text(text)
-    night = place.again("a")
+    night = place.again()  # other parameters: it is run again
     assert night.code == 3
     assert night.outcomes[0].category == "unknown parameter"
     assert night.outcomes[1].status == "passed"
@@ -236,6 +236,52 @@ def test_a_damaged_line_of_the_history_is_told(place):
     assert any("line 2" in note for note in night.notes)
     assert "line 2" in place.page()
     assert len((place.out / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_device_that_is_gone_is_3(place):
+    """The nights before had a GPU, or one notebook of tonight had."""
+    line = json.loads((place.out / "history.jsonl").read_text())
+    gpu = line | {"night": "20200101-000000", "device": "NVIDIA H100"}
+    (place.out / "history.jsonl").write_text(json.dumps(gpu) + "\n")
+    night = place.again()
+    assert night.code == 3
+    assert "the nights before were on NVIDIA H100" in place.page()
+    path = place.folder() / "b" / "record.json"
+    written = json.loads(path.read_text())
+    files.write_text(path, json.dumps(written | {"env": written["env"] | {"device": "NVIDIA H100"}}))
+    assert any("changed during the night" in line for line in place.again().trouble)
+
+
+def test_what_a_record_holds_can_stop_no_night(place):
+    """Rows are free of a schema: a shape that the gates don't expect is told, and the page and the other notebooks stand."""
+    path = place.folder() / "a" / "record.json"
+    files.write_text(path, json.dumps(json.loads(path.read_text()) | {"rows": [{"scheme": "nf4", "memory": 5}]}))
+    night = place.again()
+    assert night.code == 3
+    assert [outcome.status for outcome in night.outcomes] == ["passed", "passed"]
+    assert "The harness failed" in place.page()
+
+
+def test_a_token_reaches_no_file_by_way_of_a_record(place, monkeypatch):
+    token = "hf_" + "Qw3r" * 9
+    path = place.folder() / "a" / "record.json"
+    rows = [{"scheme": token, "memory": {"weights_bytes": 1, "state_bytes": 1}}]
+    files.write_text(path, json.dumps(json.loads(path.read_text()) | {"rows": rows}))
+    monkeypatch.setenv("HF_TOKEN", token + "\n")
+    assert place.again(update_baseline=True).code == 0
+    found = [path for path in place.out.parent.rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(found) > 10
+    assert not [path for path in found if token.encode() in path.read_bytes()]
+    assert "a/m/***/weights_bytes" in next(place.baselines.glob("*.json")).read_text()
+
+
+def test_a_damaged_state_is_told_and_no_older_night_is_taken_for_the_last(place):
+    (place.folder() / "night.json").write_text("[]")
+    with pytest.raises(QwlibError, match="damaged"):
+        place.again()
+    shutil.copytree(place.folder(), place.out / "zz-backup")
+    with pytest.raises(QwlibError, match="damaged"):
+        place.again()
 
 
 def test_two_nights_at_once_do_not_mix(place):

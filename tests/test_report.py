@@ -8,9 +8,17 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qwlib import gates, nightly, record, report, runner
+from qwlib import gates, nightly, plots, record, report, runner
 
-EVIL = "</title></code>|`<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>{{ 7 * 7 }}"
+EVIL = "$\\frac{</title></code>|`<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>{{ 7 * 7 }}"
+PNG = base64.b64encode(plots.arrivals({"tokens": [0.1, 0.3]})._repr_png_()).decode()
+ACTING = [  # kinds of output, and metadata, that nbconvert puts into its page as they are
+    ({"text/vnd.mermaid": "</pre><script>window.evil = 3</script>"},),
+    ({"image/svg+xml": "<svg onload='window.evil = 4'></svg>"},),
+    ({"application/javascript": "window.evil = 5"},),
+    ({"text/latex": "<script>window.evil = 6</script>"},),
+    ({"image/png": PNG}, {"image/png": {"width": "1' onerror='window.evil = 7' x='"}}),
+]
 SPEED = {"engine": "eager", "batch": 1, "prompt_tokens": 8, "new_tokens": 8}
 
 
@@ -28,6 +36,13 @@ def executed(path: Path, *outputs: dict) -> Path:
     whole.cells = [
         nbformat.v4.new_markdown_cell(f"## Heading {EVIL}\n\nFormula $H^{{-1}} = U^\\top U$ and `$5 or $6`."),
         nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("display_data", data) for data in outputs]),
+        nbformat.v4.new_code_cell(
+            "2",
+            outputs=[
+                nbformat.v4.new_output("display_data", *each[:1], metadata=each[-1] if len(each) > 1 else {})
+                for each in ACTING
+            ],
+        ),
     ]
     nbformat.write(whole, path)
     return path
@@ -36,10 +51,9 @@ def executed(path: Path, *outputs: dict) -> Path:
 @pytest.fixture
 def night(tmp_path):
     """Three notebooks, one of them evil; a history of nine nights; regressions, a skip, damage."""
-    png = base64.b64encode(__import__("qwlib.plots").plots.arrivals({"tokens": [0.1, 0.3]})._repr_png_()).decode()
     rows = [row("bf16", 269_000_000, 15.0, 25.0), row("nf4", 80_000_000, 19.1, 36.0), row(EVIL, 90_000_000, 17.0, 30.0)]
     written = record.new("notebook", model={"name": "m", "weights": "random"}, rows=rows)
-    outputs = {"text/html": f"<b>bold</b>{EVIL}"}, {"image/png": png}, {"text/markdown": "a `code` span"}
+    outputs = {"text/html": f"<b>bold</b>{EVIL}"}, {"image/png": PNG}, {"text/markdown": "a `code` span"}
     outcomes = [
         runner.Outcome(
             "03_fine", "passed", 91, peak_bytes=2 * 10**9, executed=executed(tmp_path / "03_fine.ipynb", *outputs)
@@ -52,7 +66,7 @@ def night(tmp_path):
     figures = gates.figures(outcomes)
     accepted = {name: {"value": 1000} for name, figure in figures.items() if figure.kind in ("exact", "paired")}
     baseline = {"packages": {"torch": "1.0"}, "given": {}, "figures": accepted}
-    found.findings = gates.judge(outcomes, baseline, {}, {})
+    found.findings = gates.judge(outcomes, baseline, gates.Past())
     values = {name: figure.value for name, figure in figures.items()}
     found.nights = [{"night": str(n), "figures": {k: v * (1 + n / 50) for k, v in values.items()}} for n in range(9)]
     found.notes = [f"history.jsonl, line 3: {EVIL}"]
@@ -65,7 +79,7 @@ def test_the_page_says_all_and_lets_nothing_act(night):
     assert "Failed: 1 of 2 notebooks passed, 1 skipped" in page
     for part in ("0123456789ab", "takes an hour", "2.00 GB", "torch 1.0 →", "9 nights", "memory against perplexity"):
         assert part in page, part
-    assert page.count("data:image/png") == 3  # two plots of the night, and the notebook's own
+    assert page.count("data:image/png") == 4  # two plots of the night, and the notebook's own two
     for path in night.folder.glob("*.html"):
         text = path.read_text()
         assert "<script>window.evil" not in text

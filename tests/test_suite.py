@@ -49,6 +49,14 @@ def test_a_notebook_is_skipped_with_a_reason_only(tmp_path):
         ("[a]\nnightly = {}", ("a",), "a has no smoke"),
         ("[a]\nsmoke = {}\ntimeout = 3", ("a",), "a has timeout; known are"),
         ("[a", ("a",), "can't be read"),
+        ("a = 5", ("a",), "a is not a table"),
+        ("[a]\nsmoke = 5", ("a",), "or a reason to skip"),
+        ('[a]\nsmoke = " "', ("a",), "or a reason to skip"),
+        ("[a]\nsmoke = {X = 2026-11-23}", ("a",), "or a reason to skip"),
+        *(
+            (f"[a]\nsmoke = {{}}\ntimeout_s = {bad}", ("a",), "a number of seconds")
+            for bad in ('"60"', "nan", "0", "true", "inf")
+        ),
     ],
 )
 def test_what_does_not_agree_is_told(tmp_path, text, names, match):
