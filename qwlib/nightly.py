@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from . import executing, files, gates, history, record, report, runner, suite
+from . import executing, files, gated, gates, history, record, report, runner, suite
 from .errors import QwlibError
 
 STATE = "night.json"
@@ -115,12 +115,12 @@ def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
         "night": night.folder.name,
         "size": night.size,
         "device": night.device,
-        "packages": gates.packages_of(night.outcomes),
+        "packages": gated.packages_of(night.outcomes),
         "notebooks": [
             {"name": o.name, "status": o.status, "seconds": round(o.seconds, 1), "signature": o.signature}
             for o in night.outcomes
         ],
-        "figures": {name: figure.value for name, figure in gates.figures(night.outcomes).items()},
+        "figures": {name: figure.value for name, figure in gated.figures(night.outcomes).items()},
     }
     if update_baseline:
         with _told(night, "the baseline could not be written"):

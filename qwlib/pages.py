@@ -67,7 +67,8 @@ def _shown(executed: Path):
         for output in cell.get("outputs", []):
             if "data" in output:
                 output["metadata"] = {}
-                output["data"] = {kind: data for kind, data in output["data"].items() if kind in SHOWN}
+                shown = {kind: data for kind, data in output["data"].items() if kind in SHOWN}
+                output["data"] = shown or {"text/plain": f"(an output of kind {', '.join(output['data'])})"}
                 if html_text := output["data"].get("text/html"):
                     output["data"]["text/html"] = re.sub(r"(?is)<style.*?</style>", "", html_text)
     return notebook

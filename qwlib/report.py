@@ -9,7 +9,7 @@ import base64
 import os
 from pathlib import Path
 
-from . import files, gates, pages
+from . import files, gated, pages
 
 TEMPLATE = Path(__file__).parent / "data" / "report.html"
 GOOD, BAD = ("passed", "fine", "accepted"), ("failed", "timeout", "error", "regression")
@@ -167,7 +167,7 @@ def _plots(outcomes: list) -> list[dict]:
     """Memory against quality, and speed, of the notebook with most rows of them."""
     from . import plots
 
-    found, rows = [], [(o, gates.rows(o)) for o in outcomes if o.status == "passed"]
+    found, rows = [], [(o, gated.rows(o)) for o in outcomes if o.status == "passed"]
     for part, draw, caption in (
         ("quality", _what_a_byte_buys, "memory against perplexity"),
         ("speed", _how_fast, "tokens/s while decoding, batch 1"),

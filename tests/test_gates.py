@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwlib import gates, history
+from qwlib import gated, gates, history
 from qwlib.errors import QwlibError
 from qwlib.runner import Outcome
 
@@ -91,9 +91,9 @@ def test_a_broken_night_does_not_bring_its_own_tolerance(baseline):
     assert {"ppl", "kld"} <= set(regressed(gates.judge(night(row("nf4", quality=broken)), baseline, gates.Past())))
 
 
-@pytest.mark.parametrize("metric", gates.GUARD)
+@pytest.mark.parametrize("metric", gated.GUARD)
 def test_a_guard_may_move_by_the_error_of_its_rows(tmp_path, metric):
-    judged = {"n": 450, "positives": 200} | dict.fromkeys(gates.GUARD, 0.9)
+    judged = {"n": 450, "positives": 200} | dict.fromkeys(gated.GUARD, 0.9)
     baseline = accepted(tmp_path, night(row("nf4", guard=judged)))
     of = {"f1": 100, "false_positive_rate": 250, "brier": 450}.get(metric, 200)
     allowed = max(0.02, math.sqrt(0.9 * 0.1 / of))
@@ -213,7 +213,7 @@ def test_false_alarms_are_rare_and_a_lasting_loss_is_found():
             outcomes = night(*rows)
             findings = gates.judge(outcomes, None, history.past(nights))
             names = {s: [f.name for f in findings if f.state == s] for s in ("regression", "suspect")}
-            figures = {each: figure.value for each, figure in gates.figures(outcomes).items()}
+            figures = {each: figure.value for each, figure in gated.figures(outcomes).items()}
             line = {"regressions": names["regression"], "suspects": names["suspect"], "packages": {}}
             nights.append(line | {"night": str(len(nights)), "figures": figures})
             alarms += bool(names["regression"])
@@ -253,7 +253,7 @@ def test_every_row_has_a_name_of_its_own():
         row("a b"),
         row("nf4") | {"model": {"name": "o/m"}},
     ]
-    names = {name.rpartition("/")[0] for name in gates.figures(night(*rows)) if name.endswith("/weights_bytes")}
+    names = {name.rpartition("/")[0] for name in gated.figures(night(*rows)) if name.endswith("/weights_bytes")}
     assert names == {"03/m/nf4", "03/m/nf4#2", "03/m-random/nf4", "03/m/a--b", "03/m/a_b", "03/o--m/nf4"}
 
 
@@ -267,7 +267,7 @@ def test_a_rejected_night_never_becomes_the_norm():
         names = {s: [f.name for f in findings if f.state == s] for s in ("regression", "suspect")}
         assert names["suspect"] == ([name] if number == 3 else [])
         assert names["regression"] == ([name] if number > 3 else [])
-        figures = {each: figure.value for each, figure in gates.figures(outcomes).items()}
+        figures = {each: figure.value for each, figure in gated.figures(outcomes).items()}
         line = {"regressions": names["regression"], "suspects": names["suspect"], "packages": {}}
         nights.append(line | {"night": str(number), "figures": figures})
     nights.append(nights[-1] | {"regressions": [], "accepted": True})

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qwlib import gates, nightly, plots, record, report, runner
+from qwlib import gated, gates, nightly, plots, record, report, runner
 
 EVIL = "$\\frac{</title></code>|`<script>window.evil = 1</script><img src=x onerror='window.evil = 2'>{{ 7 * 7 }}"
 PNG = base64.b64encode(plots.arrivals({"tokens": [0.1, 0.3]})._repr_png_()).decode()
@@ -63,7 +63,7 @@ def night(tmp_path):
     ]
     outcomes[0].record = written
     found = nightly.Night(tmp_path, "smoke", "cpu", [o.name for o in outcomes], outcomes, finished=True)
-    figures = gates.figures(outcomes)
+    figures = gated.figures(outcomes)
     accepted = {name: {"value": 1000} for name, figure in figures.items() if figure.kind in ("exact", "paired")}
     baseline = {"packages": {"torch": "1.0"}, "given": {}, "figures": accepted}
     found.findings = gates.judge(outcomes, baseline, gates.Past())
