@@ -10,7 +10,7 @@ from qwlib import executing
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("No such file: '/tmp/tmpab12/x.json'", "No such file: '/home/me/runs/20261123-010203/x.json'"),
+        ("No such file: '/scratch/tmpab12/x.json'", "No such file: '/home/me/runs/20261123-010203/x.json'"),
         ("Tried to allocate 2.00 GiB (GPU 0)", "Tried to allocate 14.50 GiB (GPU 1)"),
         ("<Tensor at 0x7f3a2b1c>", "<Tensor at 0x55aa01>"),
         ("sha 4f2a99bc01de differs", "sha 0011223344ff differs"),
