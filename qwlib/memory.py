@@ -24,7 +24,7 @@ def measure(model, beside=()) -> dict[str, int]:
             for name in tensor.__tensor_flatten__()[0]:
                 add(where, getattr(tensor, name))
         elif tensor is not None and tensor.device.type != "meta":
-            where[_pointer(tensor)] = tensor.untyped_storage().nbytes()
+            where[pointer(tensor)] = tensor.untyped_storage().nbytes()
 
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for _, tensor in tensors:
@@ -60,11 +60,12 @@ def read_bytes(model, beside=()) -> int:
     """What one decoding step reads: all weights and state, but of an untied embedding only a row, counted as nothing."""
     total = sum(measure(model, beside).values())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    shared = head is not None and _pointer(head.weight) == _pointer(embedding.weight)
+    shared = head is not None and pointer(head.weight) == pointer(embedding.weight)
     return total if shared else total - sum(measure(embedding).values())
 
 
-def _pointer(tensor) -> int:
+def pointer(tensor) -> int:
+    """Where a tensor's storage begins: tensors of the same place share their bytes."""
     return tensor.untyped_storage().data_ptr()
 
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlib
+from qwlib import estimates
 from qwlib.backends import bnb, hf
 
 AVX512_BF16 = bitsandbytes.functional.has_avx512bf16()
@@ -114,6 +116,18 @@ def test_a_tied_embedding_survives_the_heads_first_forward(scheme):
             assert not still_one  # repacked
 
 
+@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize("fmt", ["nf4-dq", "int8"])
+def test_one_tensor_under_two_names_is_stored_once(fmt, one):
+    """accelerate, having placed a tied pair on the host, leaves two parameters on one storage."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1))
+    table = model.get_input_embeddings().weight
+    model.get_output_embeddings().weight = torch.nn.Parameter(table.data if one else table.data.clone())
+    assert model.get_output_embeddings().weight is not table
+    bnb.store_ends(model, fmt, fmt, torch.bfloat16, torch.device("cpu"))
+    assert (_storage(model.get_input_embeddings()) == _storage(model.get_output_embeddings())) is one
+
+
 def test_an_8bit_embedding_is_within_its_step(lm):
     table = lm.model.get_input_embeddings().weight.detach()
     ids = torch.randint(0, len(table), (3, 50))
@@ -178,6 +192,7 @@ def test_only_the_ends_wait_on_the_host(lm):
 def test_on_a_gpu_the_ends_never_stand_there_in_16_bits(scheme):
     with qwlib.load("smollm2-135m", scheme) as lm:
         held = lm.memory["weights_bytes"] + lm.memory["state_bytes"]
+        assert held == sum(estimates.breakdown("smollm2-135m", scheme).values())  # one table under both ends
         assert lm.memory["load_peak_bytes"] < held + 30e6  # an embedding of 57 MB in 16 bits
         assert lm.engine.name == "CUDA graph, static cache"
         assert {str(t.device) for t in (*lm.model.parameters(), *lm.model.buffers())} == {"cuda:0"}

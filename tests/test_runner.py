@@ -55,6 +55,7 @@ def test_a_run_is_proved_by_its_record(notebook, tmp_path, cells, status, catego
     assert outcome.peak_bytes > 30e6  # an interpreter and a kernel
     written = json.loads((folder / "n" / "outcome.json").read_text())
     assert (written["status"], written["signature"]) == (status, outcome.signature)
+    assert "Fatal" not in (folder / "n" / "log.txt").read_text()  # the process itself ended in order
 
 
 def test_an_old_record_proves_nothing(notebook, tmp_path):

@@ -20,7 +20,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from .. import estimates, schemes
+from .. import estimates, memory, schemes
 from ..errors import QwlibError
 from . import hf
 
@@ -197,7 +197,7 @@ def store_ends(model, embedding_fmt: str, head_fmt: str, dtype, device) -> None:
     Raises QwlibError where the embedding does more than look rows up and scale them, or a tied pair is asked to differ.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    tied = head is not None and memory.pointer(head.weight) == memory.pointer(embedding.weight)  # maybe by two names
     scale = getattr(embedding, "embed_scale", None)
     if type(embedding) is not nn.Embedding and not isinstance(scale, torch.Tensor):
         raise QwlibError(f"{type(embedding).__name__} does more than look rows up: choose nf4-dq for this model")
