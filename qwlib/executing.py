@@ -87,8 +87,8 @@ def execute(notebook: Path, executed: Path, parameters: dict) -> dict:
             extra_arguments=["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={_STRICT}"],
         )
     except papermill.exceptions.PapermillExecutionError as error:
-        reason = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
-        return _ended("failed", "cell error", reason, f"{error.ename}: {error.evalue}")
+        said = f"{error.ename}: {error.evalue or _line(error.traceback)}"
+        return _ended("failed", "cell error", f"cell {error.exec_count}: {said}", said)
     except nbclient.exceptions.DeadKernelError:
         return _ended(
             "failed", "kernel died", f"the kernel died in {running(executed)} (out of memory?)", "kernel died"
@@ -98,6 +98,13 @@ def execute(notebook: Path, executed: Path, parameters: dict) -> dict:
     if stopped := unfinished(executed):
         return _ended("failed", "missing record", stopped, "stopped half-way")
     return _ended("passed", "", "")
+
+
+def _line(traceback) -> str:
+    """The line of the cell at which it stopped: what tells one bare `assert` from another."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
+    arrow = re.search(r"^-+> *\d+ (.*)$", plain, re.MULTILINE)
+    return arrow[1].strip() if arrow else ""
 
 
 def _ended(status: str, category: str, reason: str, exception: str = "") -> dict:

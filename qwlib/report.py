@@ -57,12 +57,11 @@ def verdict(night) -> str:
     ran = f"{passed} of {len(night.names) - skipped} notebooks passed" + (f", {skipped} skipped" if skipped else "")
     if not night.finished:
         return f"Not finished: {ran} so far"
-    worse, suspects, held = (
-        sum(f.state in states for f in night.findings)
-        for states in (("regression",), ("suspect",), ("fine", "accepted"))
-    )
+    states = ("regression", "suspect", "fine", "accepted")
+    worse, suspects, held, accepted = (sum(f.state == state for f in night.findings) for state in states)
     said = [f"{worse} of {worse + suspects + held} figures regressed"] if worse else []
     said += [f"{held} figures held"] if held and not worse else []
+    said += [f"{accepted} figures accepted"] if accepted else []
     said += [f"{suspects} slower than usual, for one night"] if suspects else []
     held = ", ".join(said) or "no figure judged"
     return f"{('Fine', 'Regression', 'Failed', 'The harness failed')[night.code]}: {ran}, {held}"
@@ -207,7 +206,7 @@ def _markdown(night, words: str, where: str) -> str:
     """The summary; what notebooks wrote stands in code spans, where Markdown and HTML are text."""
     lines = [f"## {words}", "", _code(where), ""]
     lines += [f"- {_code(note)}" for note in (*night.trouble, *night.notes)]
-    lines += ["", "| notebook | status | time | memory | reason |", "|---|---|--:|--:|---|"]
+    lines += ["", "| notebook | status | time | host memory | reason |", "|---|---|--:|--:|---|"]
     for row in map(_row, night.outcomes):
         reason = _code(row["reason"]) + (f" {row['category']}, `{row['signature']}`" if row["signature"] else "")
         lines.append(f"| {row['name']} | {row['status']} | {row['time']} | {row['memory']} | {reason} |")

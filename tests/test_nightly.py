@@ -111,6 +111,7 @@ def test_nights_from_the_first_to_a_regression(place):
     code, said = night("--update-baseline")
     assert code == 0, said
     assert "a passed before, and its record is valid" in said
+    assert "Fine: 2 of 2 notebooks passed, 8 figures accepted" in said
     code, said = night()
     assert code == 0, said
     assert "Fine: 2 of 2 notebooks passed, 8 figures held" in said

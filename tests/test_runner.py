@@ -28,6 +28,7 @@ def run(*paths, out, timeout_s: float = 60, **parameters):
     [
         (["print('fine')", RECORD], "passed", "", ""),
         (["1 / 0", RECORD], "failed", "cell error", "ZeroDivisionError: division by zero"),
+        (["x = 1\nassert x == 2", RECORD], "failed", "cell error", "AssertionError: assert x == 2"),
         (["!false", RECORD], "failed", "cell error", "the command `false` ended with exit code 1"),
         (
             ["%pip install --no-index no-such-package-anywhere", RECORD],
