@@ -285,8 +285,10 @@ def nightly(
         night = nights.run(
             notebooks, out, size=size, baselines=baselines, resume=resume, update_baseline=update_baseline
         )
-    except (QwlibError, OSError) as error:
-        print(f"qwlib: {error}", file=sys.stderr)
+    except Exception as error:  # a broken torch too: exit code 1 would say that a figure regressed
+        print(
+            f"qwlib: {error if isinstance(error, QwlibError) else f'{type(error).__name__}: {error}'}", file=sys.stderr
+        )
         sys.exit(3)
     _outcomes(night.outcomes)
     worse = [finding for finding in night.findings if finding.state == "regression"]
@@ -310,6 +312,7 @@ def links() -> None:
 
 def main() -> None:
     """The command line with a user's mistakes told in one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever a model wrote can be printed
     try:
         app()
     except QwlibError as error:

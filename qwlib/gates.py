@@ -36,7 +36,6 @@ SCHEMA = 1
 PASSES, NEEDED = 7, 3
 RATIO_SLACK, TIME_SLACK, MOST_SLACK = 0.15, 0.5, 0.5
 SECONDS_FLOOR = 60  # a notebook that is slower by less is not worth a look
-VANISHED = "tonight's record has no such figure"
 
 
 _TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -133,7 +132,10 @@ def _over_time(name: str, figure: Figure, values: list[float], suspected: bool) 
     if len(values) < NEEDED:
         return Finding(name, "learning", figure.value, cause=f"{len(values)} of {NEEDED} passes that a median needs")
     middle = statistics.median(values)
-    tolerance = slack(figure.kind, values) * middle
+    share = slack(figure.kind, values)
+    if figure.kind == "time" and not figure.less:
+        share /= 1 + share  # half as slow again is two thirds of the speed
+    tolerance = share * middle
     if name.endswith("/seconds"):
         tolerance = max(tolerance, SECONDS_FLOOR)
     worse = figure.value - middle if figure.less else middle - figure.value
@@ -159,12 +161,14 @@ def _gone(name: str, accepted: dict | None, outcomes: list) -> Finding:
     accepted = accepted or {}
     finding = Finding(name, "skipped", before=accepted.get("value"), tolerance=accepted.get("tolerance"))
     outcome = next((o for o in outcomes if o.name == notebook), None)
-    if outcome is None or outcome.status != "passed":
-        finding.cause = f"{notebook} {outcome.status if outcome else 'was not run'}"
+    if outcome is None:
+        finding.state, finding.cause = "regression", f"there is no notebook {notebook} any more"
+    elif outcome.status != "passed":
+        finding.cause = f"{notebook} {outcome.status}"
     elif failure := rows(outcome).get(row, {}).get("failure"):
         finding.cause = failure["reason"]
     else:
-        finding.state, finding.cause = "regression", VANISHED
+        finding.state, finding.cause = "regression", "tonight's record has no such figure"
     return finding
 
 
@@ -213,7 +217,7 @@ def accept(path: Path, device: str, size: str, outcomes: list) -> Path:
     try:
         whole = read(path) or {"schema": SCHEMA, "device": device, "sizes": {}}
     except QwlibError:
-        Path(path).replace(f"{path}.old")
+        files.write_bytes(Path(f"{path}.old"), Path(path).read_bytes())
         whole = {"schema": SCHEMA, "device": device, "sizes": {}}
     old = whole["sizes"].get(size, {"figures": {}, "given": {}, "packages": {}})
     new = {}
@@ -235,7 +239,7 @@ def accept(path: Path, device: str, size: str, outcomes: list) -> Path:
 
 
 def _stays(name: str, outcomes: list) -> bool:
-    return _gone(name, None, outcomes).cause != VANISHED
+    return _gone(name, None, outcomes).state != "regression"
 
 
 def _lines(whole: dict) -> str:

@@ -6,6 +6,7 @@ added to GitHub's step summary where there is one.
 """
 
 import base64
+import contextlib
 import os
 from pathlib import Path
 
@@ -30,7 +31,12 @@ def write_night(night) -> Path:
     trends = {name: [n["figures"][name] for n in night.nights if name in n["figures"]] for name in names}
     words = verdict(night)
     where = f"{night.size}, {_where(night.folder, night.outcomes)}"
-    page = _render(
+    summary = _markdown(night, words, where)
+    files.write_text(night.folder / "summary.md", summary)
+    if night.finished and (shared := os.environ.get("GITHUB_STEP_SUMMARY")):
+        with open(shared, "a", encoding="utf-8") as file:
+            file.write(summary)
+    return _render(
         night.folder,
         night.outcomes,
         waiting=waiting,
@@ -42,12 +48,6 @@ def write_night(night) -> Path:
         groups=_groups(night.findings, trends),
         plots=_plots(night.outcomes),
     )
-    summary = _markdown(night, words, where)
-    files.write_text(night.folder / "summary.md", summary)
-    if night.finished and (shared := os.environ.get("GITHUB_STEP_SUMMARY")):
-        with open(shared, "a", encoding="utf-8") as file:
-            file.write(summary)
-    return page
 
 
 def verdict(night) -> str:
@@ -57,14 +57,16 @@ def verdict(night) -> str:
     ran = f"{passed} of {len(night.names) - skipped} notebooks passed" + (f", {skipped} skipped" if skipped else "")
     if not night.finished:
         return f"Not finished: {ran} so far"
-    states = ("regression", "suspect", "fine", "accepted")
-    worse, suspects, held, accepted = (sum(f.state == state for f in night.findings) for state in states)
+    states = ("regression", "suspect", "fine", "accepted", "new", "skipped")
+    worse, suspects, held, accepted, new, absent = (sum(f.state == s for f in night.findings) for s in states)
     said = [f"{worse} of {worse + suspects + held} figures regressed"] if worse else []
     said += [f"{held} figures held"] if held and not worse else []
     said += [f"{accepted} figures accepted"] if accepted else []
     said += [f"{suspects} slower than usual, for one night"] if suspects else []
-    held = ", ".join(said) or "no figure judged"
-    return f"{('Fine', 'Regression', 'Failed', 'The harness failed')[night.code]}: {ran}, {held}"
+    said = said or ["no figure judged"]
+    said += [f"{new} without a baseline"] if new else []
+    said += [f"{absent} not measured"] if absent else []
+    return f"{('Fine', 'Regression', 'Failed', 'The harness failed')[night.code]}: {ran}, {', '.join(said)}"
 
 
 def _render(folder: Path, outcomes: list, *, waiting: list = (), **parts) -> Path:
@@ -163,23 +165,29 @@ def _trend(values: list[float]) -> dict | None:
 
 
 def _plots(outcomes: list) -> list[dict]:
-    """Memory against quality, and speed, of the notebook with most rows of them."""
+    """Memory against quality, and speed, of the notebook with most rows of them; a row without them is in no figure."""
     from . import plots
 
-    found, rows = [], [(o, gated.rows(o)) for o in outcomes if o.status == "passed"]
-    for part, draw, caption in (
-        ("quality", _what_a_byte_buys, "memory against perplexity"),
-        ("speed", _how_fast, "tokens/s while decoding, batch 1"),
+    found = []
+    for value, draw, caption in (
+        (_byte_and_quality, plots.pareto, "memory against perplexity"),
+        (_decode_tok_s, lambda rows: plots.bars(rows, "tokens/s"), "tokens/s while decoding, batch 1"),
     ):
-        best = max(
-            rows, key=lambda each: sum(part in row and "memory" in row for row in each[1].values()), default=None
-        )
-        shown = {name: row for name, row in best[1].items() if part in row and "memory" in row} if best else {}
+        each = {o.name: _values(o, value) for o in outcomes if o.status == "passed"}
+        notebook, shown = max(each.items(), key=lambda item: len(item[1]), default=("", {}))
         for model in sorted({name.split("/")[1] for name in shown}):
-            own = {_label(name.split("/")[2]): row for name, row in shown.items() if name.split("/")[1] == model}
+            own = {_label(name.split("/")[2]): drawn for name, drawn in shown.items() if name.split("/")[1] == model}
             if len(own) > 1:
-                png = base64.b64encode(draw(plots, own)._repr_png_()).decode()
-                found.append({"png": png, "caption": f"{model}: {caption} ({best[0].name})"})
+                png = base64.b64encode(draw(own)._repr_png_()).decode()
+                found.append({"png": png, "caption": f"{model}: {caption} ({notebook})"})
+    return found
+
+
+def _values(outcome, value) -> dict:
+    found = {}
+    for name, row in gated.rows(outcome).items():
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # rows follow no schema
+            found[name] = value(row)
     return found
 
 
@@ -188,18 +196,13 @@ def _label(name: str) -> str:
     return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
 
 
-def _what_a_byte_buys(plots, rows: dict[str, dict]):
-    return plots.pareto(
-        {name: (_held(row), row["quality"]["ppl"], row["quality"]["ppl_stderr"]) for name, row in rows.items()}
-    )
+def _byte_and_quality(row: dict) -> tuple[float, float, float]:
+    held = (row["memory"]["weights_bytes"] + row["memory"]["state_bytes"]) / 1e9
+    return held, float(row["quality"]["ppl"]), float(row["quality"]["ppl_stderr"])
 
 
-def _how_fast(plots, rows: dict[str, dict]):
-    return plots.bars({name: row["speed"]["decode_tok_s"] for name, row in rows.items()}, "tokens/s")
-
-
-def _held(row: dict) -> float:
-    return (row["memory"]["weights_bytes"] + row["memory"]["state_bytes"]) / 1e9
+def _decode_tok_s(row: dict) -> float:
+    return float(row["speed"]["decode_tok_s"])
 
 
 def _markdown(night, words: str, where: str) -> str:

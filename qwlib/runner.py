@@ -12,7 +12,9 @@ the next notebook starts.
 
 import contextlib
 import json
+import mmap
 import os
+import re
 import subprocess
 import sys
 import time
@@ -89,7 +91,8 @@ def execute(plan: Plan, folder: Path) -> Outcome:
         outcome.seconds, outcome.peak_bytes, outcome.executed = time.monotonic() - began, peak, executed
     if outcome.category:
         outcome.signature = executing.signature(outcome.category, outcome.reason)
-        outcome.reason = hide_tokens(outcome.reason)[:REASON]
+        # one line without control characters: terminals and GitHub's log take some for commands
+        outcome.reason = re.sub(r"[\x00-\x20\x7f-\x9f]+", " ", hide_tokens(outcome.reason)).strip()[:REASON]
     try:
         scrub(folder)
         keep(outcome, home)
@@ -138,7 +141,12 @@ def _in_a_process(plan: Plan, executed: Path, home: Path) -> tuple[dict, int]:
 
 def _asked(plan: Plan) -> dict:
     """What is executed, and with what: a result counts for these alone."""
-    return {"parameters": plan.parameters, "sha256": files.sha256(plan.path)}
+    return {"parameters": plan.parameters, "sha256": files.sha256(plan.path), "code": _code()}
+
+
+def _code(folder: Path = Path(__file__).parent) -> str:
+    """Hash of this package, which an editable install lets change under a constant version."""
+    return files.sha256_text("\n".join(files.sha256(path) for path in sorted(folder.rglob("*.py"))))
 
 
 def _watched(process, timeout_s: float, executed: Path) -> tuple[bool, int]:
@@ -207,7 +215,7 @@ def keep(outcome: Outcome, home: Path) -> None:
 def kept(plan: Plan, folder: Path, began: datetime) -> Outcome | None:
     """The outcome of a notebook that passed since `began`, and whose record still proves it; None where it is to be run.
 
-    It counts for the same notebook with the same parameters under the same packages only.
+    It counts for the same notebook with the same parameters under the same code and packages only.
     """
     home, executed = folder / plan.path.stem, folder / plan.path.name
     try:
@@ -216,6 +224,8 @@ def kept(plan: Plan, folder: Path, began: datetime) -> Outcome | None:
             return None
         if (home / "outcome.json").exists():
             outcome = Outcome(**json.loads((home / "outcome.json").read_text(encoding="utf-8")))
+        elif (home / "ended.json").exists() and json.loads((home / "ended.json").read_text())["status"] != "passed":
+            return None
         else:  # the night was killed between the record and the outcome
             started = (home / "job.json").stat().st_mtime
             outcome = Outcome(home.name, "passed", (home / "record.json").stat().st_mtime - started)
@@ -238,11 +248,19 @@ def scrub(folder: Path) -> None:
     """Take the environment's tokens out of every file of a run: a notebook may print what it likes."""
     secrets = [value.encode() for value in _tokens()]
     for path in folder.rglob("*") if secrets else ():
-        if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 28:
-            content = path.read_bytes()
-            for secret in (secret for secret in secrets if secret in content):
-                content = content.replace(secret, b"***")
-                files.write_bytes(path, content)
+        if not path.is_file() or path.is_symlink() or not path.stat().st_size:
+            continue
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if all(content.find(secret) < 0 for secret in secrets):
+                continue
+        clean = path.read_bytes()
+        for secret in secrets:
+            clean = clean.replace(secret, b"***")
+        try:
+            files.write_bytes(path, clean)
+        except OSError:  # no room for a copy: better no file than a token
+            path.unlink()
+            raise
 
 
 def _tokens() -> list[str]:

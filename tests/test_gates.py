@@ -58,6 +58,14 @@ def test_one_byte_is_a_change(baseline):
     assert set(regressed(gates.judge(night(less), baseline, gates.Past()))) == {"state_bytes"}
 
 
+def test_the_cache_of_a_token_is_exact_too(tmp_path):
+    held = {"weights_bytes": 1000, "state_bytes": 16, "kv_bytes_per_token": 23040}
+    baseline = accepted(tmp_path, night(row("nf4", memory=held)))
+    assert not regressed(gates.judge(night(row("nf4", memory=held)), baseline, gates.Past()))
+    grown = night(row("nf4", memory=held | {"kv_bytes_per_token": 23041}))
+    assert set(regressed(gates.judge(grown, baseline, gates.Past()))) == {"kv_bytes_per_token"}
+
+
 def test_what_the_process_took_is_not_gated(baseline):
     other = row("nf4", quality=quality(), memory={"weights_bytes": 1000, "state_bytes": 16, "steady_bytes": 77})
     assert not regressed(gates.judge(night(other), baseline, gates.Past()))
@@ -125,6 +133,16 @@ def test_speed_is_judged_as_a_ratio_to_16_bits_of_the_same_run():
     assert set(regressed(gates.judge(late, None, past(passes)))) == {"ttft_over_16_bit"}
     faster = night(row("bf16", speed=speed(99.0, 0.01)), row("nf4", speed=speed(990.0, 0.001)))
     assert not regressed(gates.judge(faster, None, past(passes)))
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "fine", "slow"),
+    [("decode_tok_s", 25.0, speed(17.0), speed(16.0)), ("ttft_s", 0.1, speed(9.0, 0.14), speed(9.0, 0.16))],
+)
+def test_16_bits_own_speed_may_be_half_as_slow_again(name, norm, fine, slow):
+    passes = {f"03/m/bf16/{name}": [norm] * 3}
+    assert not regressed(gates.judge(night(row("bf16", speed=fine)), None, past(passes)))
+    assert set(regressed(gates.judge(night(row("bf16", speed=slow)), None, past(passes)))) == {name}
 
 
 def test_the_share_of_the_roofline_is_gated():
@@ -280,15 +298,18 @@ def test_a_rejected_night_never_becomes_the_norm():
         ({"packages": PACKAGES | {"transformers": "5.24.0"}}, "transformers 5.23.0 → 5.24.0"),
         ({"model": {"name": "m", "sha256": "99" * 32}}, "weights 121212121212 → 999999999999"),
         ({"text": "cd" * 32}, "text abababababab → cdcdcdcdcdcd"),
+        ({"artefact": {"tools": {"llama-cpp-python": "0.4.0"}}}, "llama-cpp-python 0.3.36 → 0.4.0"),
         ({"protocol": "gptq-2048"}, "protocol gptq-512 → gptq-2048"),
         ({}, "nothing that is recorded changed but the code"),
     ],
 )
-def test_the_probable_cause_is_named(baseline, change, cause):
+def test_the_probable_cause_is_named(tmp_path, change, cause):
     scored = quality(25.0)
     scored["text_sha256"] = change.get("text", TEXT)
     scored["protocol"] = change.get("protocol", "gptq-512")
-    worse = row("nf4", quality=scored) | ({"model": change["model"]} if "model" in change else {})
+    tools = {"artefact": {"tools": {"llama-cpp-python": "0.3.36"}}}
+    baseline = accepted(tmp_path, night(row("nf4", quality=quality()) | tools))
+    worse = row("nf4", quality=scored) | tools | {key: change[key] for key in ("model", "artefact") if key in change}
     found = regressed(gates.judge(night(worse, packages=change.get("packages", PACKAGES)), baseline, gates.Past()))
     assert found["ppl"].cause == cause
 
@@ -303,7 +324,7 @@ def test_speed_without_a_baseline_takes_its_cause_from_the_last_pass():
 
 def test_what_vanishes_is_a_regression_and_what_is_skipped_says_why(baseline):
     (gone,) = {f.cause for f in regressed(gates.judge(night(row("bf16")), baseline, gates.Past())).values()}
-    assert gone == gates.VANISHED
+    assert gone == "tonight's record has no such figure"
     failed = row("nf4", failure={"reason": "out of memory"})
     assert {f.cause for f in regressed(gates.judge(night(failed), baseline, gates.Past())).values()} == {
         "out of memory"
@@ -314,6 +335,8 @@ def test_what_vanishes_is_a_regression_and_what_is_skipped_says_why(baseline):
     assert {f.cause for f in findings if f.state == "skipped"} == {"no compiler"}
     findings = gates.judge(night(status="failed"), baseline, gates.Past())
     assert {(f.state, f.cause) for f in findings} == {("skipped", "03 failed")}
+    findings = gates.judge(night(row("nf4"), name="renamed"), baseline, gates.Past())
+    assert {f.cause for f in regressed(findings).values()} == {"there is no notebook 03 any more"}
 
 
 def test_accepting_replaces_what_was_measured_and_keeps_what_was_not(tmp_path):
@@ -327,6 +350,7 @@ def test_accepting_replaces_what_was_measured_and_keeps_what_was_not(tmp_path):
     assert again["given"].keys() == whole["given"].keys()
     dropped = accepted(tmp_path, [*night(grown), *night(row("nf4"), name="04")])
     assert "03/m/int8/weights_bytes" not in dropped["figures"]  # it vanished, and that was accepted
+    assert "04/m/nf4/weights_bytes" not in accepted(tmp_path, night(grown))["figures"]  # and so did a notebook
 
 
 def test_sizes_keep_apart(tmp_path):

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from qwlib import executing, files, gates, nightly, record
+from qwlib import executing, files, gates, history, nightly, record, runner, suite
 from qwlib.errors import QwlibError
 
 ROWS = """
@@ -242,7 +243,7 @@ def test_a_damaged_line_of_the_history_is_told(place):
 def test_a_device_that_is_gone_is_3(place):
     """The nights before had a GPU, or one notebook of tonight had."""
     line = json.loads((place.out / "history.jsonl").read_text())
-    gpu = line | {"night": "20200101-000000", "device": "NVIDIA H100"}
+    gpu = line | {"night": "20200101-000000", "device": "NVIDIA H100", "gpu": True}
     (place.out / "history.jsonl").write_text(json.dumps(gpu) + "\n")
     night = place.again()
     assert night.code == 3
@@ -250,7 +251,54 @@ def test_a_device_that_is_gone_is_3(place):
     path = place.folder() / "b" / "record.json"
     written = json.loads(path.read_text())
     files.write_text(path, json.dumps(written | {"env": written["env"] | {"device": "NVIDIA H100"}}))
-    assert any("changed during the night" in line for line in place.again().trouble)
+    before = (place.out / "history.jsonl").read_text()
+    night = place.again(update_baseline=True)
+    assert night.code == 3
+    assert any("changed during the night" in line for line in night.trouble)
+    assert not list(place.baselines.glob("*"))  # of two devices nothing is accepted, or kept
+    assert (place.out / "history.jsonl").read_text() == before
+
+
+def judged(place, name: str, *, device: str = "a CPU", decode: float = 37.5, update_baseline: bool = False):
+    """A night of nightly size, judged without running anything: 4 bits decode at `decode` tokens/s, 16 at 25."""
+    speeds = {"bf16": 25.0, "nf4": decode}
+    rows = [{"scheme": scheme, "speed": {"decode_tok_s": tok_s}} for scheme, tok_s in speeds.items()]
+    env = {"python": "3.11", "packages": {}, "device": device, "cpu": f"{device}, 2 cores"}
+    night = nightly.Night(place.out / name, "nightly", device, ["03"])
+    night.outcomes = [runner.Outcome("03", "passed", 100.0, record={"rows": rows, "env": env})]
+    nightly._judge(night, place.out / "nights.jsonl", gates.path_of(place.baselines, device), update_baseline)
+    return night
+
+
+def test_an_accepted_night_is_fine_when_it_is_judged_again(place):
+    for number in range(3):
+        assert judged(place, f"2026010{number}-000000").code == 0
+    assert judged(place, "20260104-000000", decode=20.0).code == 1
+    assert judged(place, "20260104-000000", decode=20.0, update_baseline=True).code == 0
+    assert judged(place, "20260104-000000", decode=20.0).code == 0
+    nights, _ = history.read(place.out / "nights.jsonl", size="nightly")
+    assert history.past(nights).passes["03/model/nf4/decode_over_16_bit"] == [0.8]
+
+
+def test_another_processor_is_noted(place):
+    """Hosted runners have one today and another tomorrow; the night is compared with its own only."""
+    judged(place, "20260101-000000", decode=99.0)
+    night = judged(place, "20260102-000000", device="another CPU")
+    assert night.code == 0
+    assert (
+        "the nights before were on a CPU, this one is on another CPU, and is compared with its own only" in night.notes
+    )
+    assert len(night.nights) == 1
+
+
+def test_a_row_without_a_figure_costs_no_page(place):
+    held = {"memory": {"weights_bytes": 4, "state_bytes": 1}}
+    rows = [{"scheme": name, "speed": {"decode_tok_s": 9.5}} | held for name in ("bf16", "nf4")]
+    path = place.folder() / "a" / "record.json"
+    more = {"rows": [*rows, {"scheme": "int8", "speed": {"ttft_s": {"p50": 1.0}}, "quality": {"ppl": 15.0}} | held]}
+    files.write_text(path, json.dumps(json.loads(path.read_text()) | more))
+    assert place.again().code == 0
+    assert "tokens/s while decoding" in place.page()
 
 
 def test_what_a_record_holds_can_stop_no_night(place):
@@ -297,6 +345,36 @@ def test_two_nights_at_once_do_not_mix(place):
 def test_nothing_to_resume_is_told(fresh):
     with pytest.raises(QwlibError, match="no smoke night"):
         fresh.run(resume=True)
+    assert (fresh.out / "night.lock").read_text() == ""  # this was no night that died
+
+
+def test_a_broken_torch_is_3_in_one_line(fresh):
+    (fresh.notebooks / "sizes.toml").write_text(
+        "".join(f'[{name}]\nsmoke = "x"\nnightly = {{}}\ngpu = {{ X = 1 }}\n' for name in "ab")
+    )
+    broken = fresh.out.parent / "broken"
+    broken.mkdir()
+    (broken / "torch.py").write_text("raise ImportError('libcuda.so.1 is gone')")
+    command = [*fresh.command(), "--size", "nightly"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(broken)})
+    assert (done.returncode, done.stderr) == (3, "qwlib: ImportError: libcuda.so.1 is gone\n")
+
+
+def test_a_pass_counts_for_the_code_that_it_passed_under(place, monkeypatch):
+    plan = suite.plans(place.notebooks, "smoke")[1]
+    began = datetime.fromisoformat(json.loads((place.folder() / "night.json").read_text())["began"])
+    assert runner.kept(plan, place.folder(), began).status == "passed"
+    monkeypatch.setattr(runner, "_code", lambda: "another")
+    assert runner.kept(plan, place.folder(), began) is None
+
+
+def test_a_record_without_an_outcome_proves_nothing_where_the_notebook_failed_after_it(place):
+    home, plan = place.folder() / "b", suite.plans(place.notebooks, "smoke")[1]
+    began = datetime.fromisoformat(json.loads((place.folder() / "night.json").read_text())["began"])
+    (home / "outcome.json").unlink()
+    assert runner.kept(plan, place.folder(), began)
+    (home / "ended.json").write_text('{"status": "failed"}')
+    assert runner.kept(plan, place.folder(), began) is None
 
 
 def test_a_disk_that_is_full_for_one_write_costs_that_write(place, monkeypatch):

@@ -1,5 +1,6 @@
 """Tiny notebooks that go wrong in every way that papermill keeps silent about."""
 
+import errno
 import json
 import os
 import time
@@ -8,7 +9,7 @@ import nbformat
 import psutil
 import pytest
 
-from qwlib import executing, runner
+from qwlib import executing, files, runner
 from qwlib.errors import QwlibError
 
 RECORD = "(the cell that writes the record)"
@@ -57,6 +58,30 @@ def test_a_run_is_proved_by_its_record(notebook, tmp_path, cells, status, catego
     written = json.loads((folder / "n" / "outcome.json").read_text())
     assert (written["status"], written["signature"]) == (status, outcome.signature)
     assert "Fatal" not in (folder / "n" / "log.txt").read_text()  # the process itself ended in order
+
+
+def test_a_reason_is_one_line_without_commands(notebook, tmp_path, capsys):
+    """GitHub's log takes `::stop-commands::` at the start of a line for a command, terminals what follows an escape."""
+    (outcome,), _ = run(notebook(r"raise ValueError('a\n::stop-commands::x\x1b]0;p\x07')"), out=tmp_path / "runs")
+    assert outcome.reason == "cell 3: ValueError: a ::stop-commands::x ]0;p"
+    shown = capsys.readouterr().out
+    assert "\n::" not in shown
+    assert "\x1b" not in shown
+
+
+def test_a_file_that_can_not_be_cleaned_is_removed(tmp_path, monkeypatch):
+    token = "hf_" + "Qw3r" * 9
+    monkeypatch.setenv("HF_TOKEN", token)
+    for name, text in (("with", f"x {token}"), ("without", "x"), ("empty", "")):
+        (tmp_path / name).write_text(text)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        runner.scrub(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"without", "empty"}
 
 
 def test_an_old_record_proves_nothing(notebook, tmp_path):
