@@ -58,7 +58,8 @@ def given(outcomes: list) -> dict[str, dict]:
             }
             facts |= {key: timed.get(key) for key in ("engine", "batch", "prompt_tokens", "new_tokens")}
             facts |= {"messages": row.get("guard", {}).get("n"), "file": row.get("artefact", {}).get("sha256")}
-            facts |= row.get("artefact", {}).get("tools", {})
+            known = outcome.record["env"]["packages"]  # named once for all rows
+            facts |= {key: v for key, v in row.get("artefact", {}).get("tools", {}).items() if key not in known}
             found[name] = {key: _short(value) for key, value in facts.items() if value is not None}
     return found
 
