@@ -116,23 +116,10 @@ def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
     if before.get("accepted"):  # its speed is the new norm, and not held to the old one
         past = gates.Past(packages=past.packages)
     night.findings = gates.judge(night.outcomes, accepted, past, timed=night.size == "nightly")
-    line = {
-        "night": night.folder.name,
-        "size": night.size,
-        "device": night.device,
-        "gpu": _on_gpu(night.outcomes),
-        "packages": gated.packages_of(night.outcomes),
-        "notebooks": [
-            {"name": o.name, "status": o.status, "seconds": round(o.seconds, 1), "signature": o.signature}
-            for o in night.outcomes
-        ],
-        "figures": {name: figure.value for name, figure in gated.figures(night.outcomes).items()},
-    }
-    if before.get("accepted"):
-        line["accepted"] = True
     if mixed:
         night.nights = earlier
         return
+    line = _line(night) | ({"accepted": True} if before.get("accepted") else {})
     if update_baseline:
         with _told(night, "the baseline could not be written"):
             night.notes.append(f"accepted as {gates.accept(file, night.device, night.size, night.outcomes).name}")
@@ -145,6 +132,22 @@ def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
     with _told(night, "the history could not be written"):
         history.append(kept, line)
     night.nights = [*earlier, line]
+
+
+def _line(night: Night) -> dict:
+    """What the history keeps of a night, but for what its gates said."""
+    return {
+        "night": night.folder.name,
+        "size": night.size,
+        "device": night.device,
+        "gpu": _on_gpu(night.outcomes),
+        "packages": gated.packages_of(night.outcomes),
+        "notebooks": [
+            {"name": o.name, "status": o.status, "seconds": round(o.seconds, 1), "signature": o.signature}
+            for o in night.outcomes
+        ],
+        "figures": {name: figure.value for name, figure in gated.figures(night.outcomes).items()},
+    }
 
 
 def _devices(night: Night, nights: list[dict]) -> bool:

@@ -56,6 +56,12 @@ class Place:
     def folder(self) -> Path:
         return (self.out / "latest").resolve()
 
+    def kept(self, name: str) -> runner.Outcome | None:
+        """What `--resume` would take over of a notebook."""
+        (plan,) = (each for each in suite.plans(self.notebooks, "smoke") if each.path.stem == name)
+        began = datetime.fromisoformat(json.loads((self.folder() / "night.json").read_text())["began"])
+        return runner.kept(plan, self.folder(), began)
+
     def command(self, *options: str) -> list[str]:
         where = ("--notebooks", self.notebooks, "--out", self.out, "--baselines", self.baselines, "--size", "smoke")
         return [sys.executable, "-m", "qwlib", "nightly", *map(str, where), *options]
@@ -361,20 +367,16 @@ def test_a_broken_torch_is_3_in_one_line(fresh):
 
 
 def test_a_pass_counts_for_the_code_that_it_passed_under(place, monkeypatch):
-    plan = suite.plans(place.notebooks, "smoke")[1]
-    began = datetime.fromisoformat(json.loads((place.folder() / "night.json").read_text())["began"])
-    assert runner.kept(plan, place.folder(), began).status == "passed"
+    assert place.kept("b").status == "passed"
     monkeypatch.setattr(runner, "_code", lambda: "another")
-    assert runner.kept(plan, place.folder(), began) is None
+    assert place.kept("b") is None
 
 
 def test_a_record_without_an_outcome_proves_nothing_where_the_notebook_failed_after_it(place):
-    home, plan = place.folder() / "b", suite.plans(place.notebooks, "smoke")[1]
-    began = datetime.fromisoformat(json.loads((place.folder() / "night.json").read_text())["began"])
-    (home / "outcome.json").unlink()
-    assert runner.kept(plan, place.folder(), began)
-    (home / "ended.json").write_text('{"status": "failed"}')
-    assert runner.kept(plan, place.folder(), began) is None
+    (place.folder() / "b" / "outcome.json").unlink()
+    assert place.kept("b").status == "passed"
+    (place.folder() / "b" / "ended.json").write_text('{"status": "failed"}')
+    assert place.kept("b") is None
 
 
 def test_a_disk_that_is_full_for_one_write_costs_that_write(place, monkeypatch):
