@@ -27,8 +27,8 @@ run: $(READY) ## execute every notebook at smoke size on a real small model; rep
 nightly: $(READY) ## every notebook at nightly size, each figure held to its baseline: docs/running.md
 	@$(PY) -m qwlib nightly
 
-test: $(READY) ## the tests that take seconds
-	$(PY) -m pytest -q
+test: $(READY) ## the fast tests, on every core: 10 minutes on two
+	$(PY) -m pytest -q $(PARALLEL)
 
 backends: $(READY) ## a second environment: llama.cpp, GPTQ, AutoRound, ONNX Runtime, HQQ, torchao
 	@$(PY) -m qwlib backends --install
@@ -62,5 +62,7 @@ links: $(READY) ## write the address in pyproject.toml into badges and set-up ce
 clean: ## remove the environments and the runs
 	rm -rf $(VENV) .venvs runs
 
+# tests of one file share what they load, so they stay in one process
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
 # nbstripout keeps cell tags; these are what papermill, Colab and widgets leave behind
 NBSTRIP := --extra-keys="metadata.papermill cell.metadata.papermill metadata.colab metadata.widgets"

@@ -10,7 +10,7 @@ What it leaves out: batches in `Stepwise`. Its libraries can answer many request
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ class Transformers:
     model: Any
     device: Any
     beside: Iterable = ()  # tensors of its state that no parameter or buffer tells of
+    unhook: Callable | None = None  # takes off what `arithmetic.hook` has set
     decoder: Any = None
     must: bool = False
     why: str = ""
@@ -178,7 +179,9 @@ class Transformers:
 
     def close(self) -> None:
         self.forget()
-        self.model = self.decoder = None
+        if self.unhook:
+            self.unhook()
+        self.model = self.decoder = self.unhook = None
         self.beside = ()
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import embedded, files
+from . import embedded, files, processes
 from .backends import BACKENDS
 from .errors import QwlibError
 
@@ -71,7 +71,7 @@ def command(name: str, module: str, *arguments: str) -> dict:
     if python is None:
         raise QwlibError(why)
     there = {} if python == sys.executable else {"PYTHONPATH": str(_link()), "VIRTUAL_ENV": str(place())}
-    return {"args": [python, "-m", module, *arguments], "env": os.environ | there}
+    return {"args": [python, "-m", module, *arguments], "env": processes.environment() | there}
 
 
 def build() -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import environment, loading, schemes
 from .errors import QwlibError
-from .worker import last_word
+from .processes import last_word
 
 
 def logits(model, scheme: str, ids, *, device: str | None = None, timeout: float = 3600):

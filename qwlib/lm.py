@@ -32,6 +32,8 @@ class Lm:
     model: Any = None  # the library's own object: a plain transformers model where the backend builds on transformers
     tokenizer: Any = None
     engine: Any = None  # what executes it (`engines.py`)
+    arithmetic: Any = None  # the type of products of several rows, where PyTorch calculates them (`arithmetic.py`)
+    arithmetic_reason: str = ""
     saved: str | None = None  # the scheme that its files were quantized in, None if that was done while loading
     manifest: dict | None = None  # of the artefact that it was read from (`artefacts.py`)
     import_s: float = 0.0

@@ -46,7 +46,7 @@ def pick_dtype(scheme: schemes.Scheme, device, capability: tuple[int, int] | Non
     if scheme.base in ("fp32", "fp16"):
         return {"fp32": torch.float32, "fp16": torch.float16}[scheme.base], f"scheme {scheme.name} says so"
     if device.type != "cuda":
-        return torch.bfloat16, "the 16-bit reference type; a CPU without bf16 units emulates it"
+        return torch.bfloat16, "the 16-bit reference type"
     major, minor = capability or torch.cuda.get_device_capability(device)
     if major >= 8:
         return torch.bfloat16, f"compute capability {major}.{minor} has bfloat16"
@@ -55,12 +55,15 @@ def pick_dtype(scheme: schemes.Scheme, device, capability: tuple[int, int] | Non
 
 def banner() -> str:
     """One line for the top of a notebook: versions, device and compute type, each choice with its reason."""
-    from . import record
+    from . import arithmetic, record
 
     device, device_why = pick_device()
     dtype, dtype_why = pick_dtype(schemes.find(schemes.REFERENCE), device)
+    products, products_why = arithmetic.choose(dtype, device)
     versions = " · ".join(f"{name} {version}" for name, version in record.environment()["packages"].items())
-    return f"{versions}\n{record.device_name()} ({device_why}) · {str(dtype).removeprefix('torch.')} ({dtype_why})"
+    names = [str(each).removeprefix("torch.") for each in (dtype, products)]
+    lines = [versions, f"{record.device_name()} ({device_why}) · {names[0]} ({dtype_why})"]
+    return "\n".join([*lines, f"products of several rows in {names[1]} ({products_why})"])
 
 
 @contextlib.contextmanager

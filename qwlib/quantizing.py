@@ -21,7 +21,7 @@ from pathlib import Path
 from . import artefacts, calibration, catalog, environment, estimates, files, guard, guards, loading, record, schemes
 from .backends import BACKENDS
 from .errors import QwlibError
-from .worker import last_word
+from .processes import last_word
 
 
 def quantize(

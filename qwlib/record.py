@@ -11,7 +11,7 @@ import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
-from . import files
+from . import files, processor
 from .errors import QwlibError
 
 SCHEMA = 1
@@ -80,6 +80,8 @@ RECORD = _part(
         engine_reason=_TEXT,
         dtype=_TEXT,
         dtype_reason=_TEXT,
+        arithmetic=_TEXT,
+        arithmetic_reason=_TEXT,
         threads=_COUNT,
         packages={"type": "object", "additionalProperties": _TEXT},
     ),
@@ -228,31 +230,34 @@ def packages() -> dict[str, str]:
 
 
 def environment() -> dict:
-    """Python, platform, processor, device and package versions; nothing that names a user or a path."""
+    """Python, platform, processor, device, arithmetic and package versions; nothing that names a user or a path.
+
+    On a CPU `arithmetic` is that of a model in bf16; the record of a loaded model says its own.
+    """
     import os
 
+    import torch
+
+    from . import arithmetic
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
+    reference = {}
+    if not torch.cuda.is_available():
+        chosen, why = arithmetic.choose(torch.bfloat16, torch.device("cpu"))
+        reference = {"arithmetic": str(chosen).removeprefix("torch."), "arithmetic_reason": why}
+    return reference | {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": f"{_cpu_name()}, {cores} cores",
+        "cpu": f"{processor.name()}, {cores} cores",
         "device": device_name(),
         "packages": packages(),
     }
 
 
 def device_name(device=None) -> str:
-    """The GPU's name or the processor's; of the device that `load` would pick where none is given."""
+    """The GPU's name, or the processor's with its capability; of the device that `load` would pick where none is given."""
     import torch
 
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor.name()

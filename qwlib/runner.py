@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from . import executing, files, record, report
+from . import executing, files, processes, record, report
 from .errors import QwlibError
 
 TIMEOUT_S = 3600
@@ -119,7 +119,7 @@ def _in_a_process(plan: Plan, executed: Path, home: Path) -> tuple[dict, int]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {executing.MARK: str(home)},
+            env=processes.environment() | {executing.MARK: str(home)},
         )
         try:
             late, peak = _watched(process, plan.timeout_s, executed)

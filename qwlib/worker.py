@@ -11,7 +11,6 @@ an out-of-memory kill becomes a record with its reason. Another environment or m
 """
 
 import json
-import signal
 import subprocess
 import sys
 import traceback
@@ -26,6 +25,7 @@ from . import (
     estimates,
     files,
     loading,
+    processes,
     quality,
     record,
     schemes,
@@ -104,6 +104,8 @@ def run(job: dict) -> dict:
             sweep=sweep or None,
             answer=answer,
         )
+        for key in ("arithmetic", "arithmetic_reason"):  # of a library that is not PyTorch nothing is known
+            result["env"].pop(key, None)
         result["env"] |= describe_choices(lm)
     return record.validate(result)
 
@@ -186,14 +188,19 @@ def describe_choices(lm) -> dict:
     """What `load` chose, and why: keys of a record's `env`."""
     import torch
 
-    return {
-        "dtype": str(lm.dtype).removeprefix("torch."),
+    own = {"arithmetic": _name(lm.arithmetic), "arithmetic_reason": lm.arithmetic_reason} if lm.arithmetic else {}
+    return own | {
+        "dtype": _name(lm.dtype),
         "dtype_reason": lm.dtype_reason,
         "device": record.device_name(lm.device),
         "device_reason": lm.device_reason,
         "threads": torch.get_num_threads(),
         "engine_reason": lm.engine.why,
     }
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def spawn(job: dict, path: Path, *, timeout: float = 3600, called: str | None = None) -> dict:
@@ -208,7 +215,7 @@ def spawn(job: dict, path: Path, *, timeout: float = 3600, called: str | None = 
     try:
         call = environment.command(schemes.find(job["scheme"]).backend, "qwlib.worker", str(source), str(path))
         done = subprocess.run(**call, capture_output=True, text=True, timeout=timeout)
-        reason = last_word(done.returncode, done.stderr)
+        reason = processes.last_word(done.returncode, done.stderr)
         if reason is None:
             return record.read(path)
     except subprocess.TimeoutExpired:
@@ -231,17 +238,6 @@ def fail(job: dict, reason: str, path: Path, *, skipped: bool = False) -> dict:
     )
     record.write(failed, path)
     return failed
-
-
-def last_word(code: int, stderr: str) -> str | None:
-    """Why a process ended badly: its signal, or its last word; None if it ended well."""
-    if code == 0:
-        return None
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    lines = [line for line in stderr.strip().splitlines() if line.strip()]
-    return lines[-1][:500] if lines else f"the worker ended with code {code} and no word"
 
 
 def main() -> None:

@@ -1,10 +1,16 @@
 """Fixtures: the embedded model loaded once, and tiny random models of every architecture in the catalog."""
 
+import os
+
 import nbformat
 import pytest
 
 import qwlib
-from qwlib import catalog
+from qwlib import catalog, processes, processor
+
+os.environ.update(processes.environment())  # before torch is imported, whose threads read it once
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
 TINY = {  # shapes small enough to load in a moment; several are no multiple of a 64-block, or have odd vocabularies
     "llama": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -62,6 +68,19 @@ def lm():
     """The embedded model in bf16."""
     with qwlib.load("smollm2-135m", "bf16") as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="session")
+def lm32():
+    """The embedded model in float32, where two ways to one figure agree to many digits."""
+    with qwlib.load("smollm2-135m", "fp32") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def repacks() -> bool:
+    """Whether the first forward of a 4-bit layer on this CPU repacks its weight for a kernel."""
+    return processor.capability() in ("AVX512-BF16", "AMX-BF16")
 
 
 @pytest.fixture(autouse=True)

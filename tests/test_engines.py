@@ -27,42 +27,44 @@ class CachedReader:
         with torch.inference_mode():
             out = self.model(torch.tensor([ids], device=self.model.device), past_key_values=self.cache, use_cache=True)
         self.cache = out.past_key_values
-        return out.logits[0, -last:].float()
+        return out.logits[0, -last:].float().clone()
 
     def close(self):
         self.model = self.cache = None
 
 
 @pytest.fixture
-def twin(lm):
+def twin(lm32):
     """The embedded model as another library's would be opened."""
-    engine = Stepwise(CachedReader(lm), "a reader", [lm.tokenizer.eos_token_id])
-    made = Lm(lm.row, lm.scheme, lm.weights, lm.device, "", lm.dtype, "", tokenizer=lm.tokenizer, engine=engine)
+    engine = Stepwise(CachedReader(lm32), "a reader", [lm32.tokenizer.eos_token_id])
+    made = Lm(
+        lm32.row, lm32.scheme, lm32.weights, lm32.device, "", lm32.dtype, "", tokenizer=lm32.tokenizer, engine=engine
+    )
     return made
 
 
-def test_scores_are_those_of_the_same_model(lm, twin):
+def test_scores_are_those_of_the_same_model(lm32, twin):
     ids = torch.tensor([[1, 504, 2, 300, 17, 40], [-1, -1, 9, 8, 7, 6]])
-    ours, theirs = twin.logits(ids), lm.logits(ids).float()
+    ours, theirs = twin.logits(ids), lm32.logits(ids).float()
     assert ours.shape == theirs.shape
     real = ids >= 0
-    assert torch.allclose(ours[real], theirs[real], atol=1.0)  # bf16, other kernels
-    assert not torch.allclose(ours[real].roll(1, 0), theirs[real], atol=1.0)
+    assert torch.allclose(ours[real], theirs[real], atol=1e-3)
+    assert not torch.allclose(ours[real].roll(1, 0), theirs[real], atol=1e-3)
     assert (ours[~real] == 0).all()
     assert torch.equal(twin.logits(ids, last=2)[0], ours[0, -2:])
     assert torch.equal(twin.logits(ids, last=5)[1, 1:], ours[1, 2:])
 
 
-def test_a_prefix_stands_before_every_row(lm, twin):
+def test_a_prefix_stands_before_every_row(lm32, twin):
     kept, rows = [1, 504, 2, 300], torch.tensor([[17, 40, 5], [-1, 9, 8]])
     whole = torch.tensor([[*kept, 17, 40, 5], [-1, *kept, 9, 8]])
-    wanted = lm.logits(whole, last=2).float()
-    for each in (lm, twin):
+    wanted = lm32.logits(whole, last=2).float()
+    for each in (lm32, twin):
         prefix = each.prefix(kept)
         for _ in range(2):  # what is kept is not used up
             found = each.logits(rows, last=2, after=prefix).float()
-            assert torch.allclose(found, wanted, atol=1.0)
-        assert not torch.allclose(each.logits(rows, last=2).float(), wanted, atol=1.0)
+            assert torch.allclose(found, wanted, atol=1e-3)
+        assert not torch.allclose(each.logits(rows, last=2).float(), wanted, atol=1e-3)
     assert twin.engine.reader.begun[:4] == [7, 6, 7, 6]
     with pytest.raises(QwlibError, match="2 \\+ 127 tokens"):
         twin.logits([[5, 6]], after=twin.prefix([7] * 127))
@@ -88,26 +90,26 @@ def test_precise_scores_are_not_rounded_to_sixteen_bits(lm):
     assert torch.equal(lm.logits(ids, last=2), rounded)  # the hook is gone
 
 
-def test_a_stream_is_the_same_one(lm, twin):
-    ids = lm.encode("The capital of France is")
+def test_a_stream_is_the_same_one(lm32, twin):
+    ids = lm32.encode("The capital of France is")
     seen = []
     out = twin.stream(ids, new_tokens=12, on_token=lambda token: seen.append(token.tolist()))
-    assert torch.equal(out, lm.stream(ids, new_tokens=12))
+    assert torch.equal(out, lm32.stream(ids, new_tokens=12))
     assert [token for (token,) in seen] == out[0].tolist()
     assert twin.engine.reader.begun == [ids.shape[1] + 12]
     assert len(streaming.time_stream(twin, ids, new_tokens=5).stamps) == 5
     assert "".join(streaming.text_chunks(twin, ids, new_tokens=12)).strip()
 
 
-def test_it_stops_where_it_is_told(lm, twin):
-    ids = lm.chat("Say only: yes")
+def test_it_stops_where_it_is_told(lm32, twin):
+    ids = lm32.chat("Say only: yes")
     stopped = twin.stream(ids, new_tokens=40, stop_at_eos=True)[0].tolist()
-    assert stopped[-1] == lm.tokenizer.eos_token_id
+    assert stopped[-1] == lm32.tokenizer.eos_token_id
     assert len(stopped) < 40
     held = twin.stream(ids, new_tokens=len(stopped) + 3)[0].tolist()
     assert held[: len(stopped) - 1] == stopped[:-1]
     assert len(held) == len(stopped) + 3
-    assert lm.tokenizer.eos_token_id not in held
+    assert lm32.tokenizer.eos_token_id not in held
 
 
 def test_what_it_can_not_do_is_told(lm, twin):

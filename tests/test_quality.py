@@ -15,13 +15,6 @@ TEXT = embedded.text()[:3_000]  # some 700 tokens
 
 
 @pytest.fixture(scope="module")
-def lm32():
-    """The embedded model in float32, where two ways to one figure agree to many digits."""
-    with qwlib.load("smollm2-135m", "fp32") as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
 def with_bos(lm32):
     """The same model with a tokenizer that sets a BOS token, as Llama's does."""
     from tokenizers.processors import TemplateProcessing
@@ -254,7 +247,9 @@ def test_a_model_does_not_diverge_from_itself_but_for_noise(lm):
     got = quality.divergence(lm, lm, TEXT, protocol="gptq-128", blocks=2)
     assert abs(got["mean"]) < 1e-3
     assert got["top1"] > 0.98
-    assert 0 < got["noise_floor"] < 0.02  # bf16: another path rounds otherwise
+    assert 0 <= got["noise_floor"] < 0.02
+    if lm.arithmetic is torch.bfloat16:
+        assert got["noise_floor"] > 0  # such kernels round otherwise for another shape; float32's need not
 
 
 def test_another_text_protocol_or_vocabulary_is_not_compared(lm32, tiny_folder):

@@ -44,6 +44,8 @@ def fill(lm, source: str) -> None:
         hf.read(lm, source, settings, hf.placed(shapes, lm.device, wait))
     finish(lm.model, lm.scheme, lm.dtype, lm.device)
     hf.finish(lm)
+    if lm.arithmetic == torch.float32:
+        dequantize_to_float32(lm.model)
 
 
 def _stores_ends(scheme) -> bool:
@@ -166,10 +168,23 @@ def finish(model, scheme, dtype, device) -> None:
             store_ends(model, scheme.embedding, scheme.head, dtype, device)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = (
-                dtype  # a folder that was saved in 4-bit brings the type of the machine that saved it
-            )
+            module.compute_dtype = dtype  # a 4-bit folder brings the type of the machine that saved it
     mend(model)
+
+
+def dequantize_to_float32(model) -> None:
+    """Let 4-bit layers multiply in float32, on a CPU without products of 16 bits.
+
+    bitsandbytes has a kernel for 4-bit weights where AVX512-BF16 is. Elsewhere it dequantizes a layer for every product, of one
+    row too, which is most of the time that a token takes; its loop writes float32 faster than bfloat16, which it has to round.
+    It is done last: what is saved keeps the 16-bit type for whoever loads it on a GPU, and peft gives adapters that type.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = torch.float32
+            module.support_avx512bf16_for_cpu = (
+                False  # that kernel is chosen by the processor, whatever PyTorch may use of it
+            )
 
 
 def mend(model) -> int:

@@ -74,10 +74,10 @@ def placed(shapes, device, wait: list[str]) -> dict:
 
 
 def finish(lm) -> None:
-    """What every transformers model needs once its weights are there: the adapter, greedy settings, an engine."""
+    """What every transformers model needs once its weights are there: the adapter, greedy settings, arithmetic, an engine."""
     from transformers import GenerationConfig
 
-    from .. import adapters
+    from .. import adapters, arithmetic
 
     if lm.row.adapter and lm.weights == "trained":
         lm.model = adapters.put_over(lm)
@@ -88,7 +88,9 @@ def finish(lm) -> None:
     stray = {str(t.device) for t in lm.model.parameters()} - {str(lm.device)}
     if stray and lm.device.index is not None:
         raise QwlibError(f"parts of {lm.row.name} landed on {', '.join(sorted(stray))} instead of {lm.device}")
-    lm.engine = Transformers(lm.model, lm.device)
+    lm.arithmetic, lm.arithmetic_reason = arithmetic.choose(lm.dtype, lm.device)
+    unhook = arithmetic.hook(lm.model) if lm.arithmetic != lm.dtype else None
+    lm.engine = Transformers(lm.model, lm.device, unhook=unhook)
 
 
 def tokenizer(lm, source: str, **options):

@@ -1,0 +1,43 @@
+"""The processor: its name, and the widest instructions that PyTorch uses on it.
+
+Two processors of one name can differ by a factor of seven: there are an "AMD EPYC" with AVX512-BF16 and one without. So wherever
+a processor is named, its capability stands behind the name.
+"""
+
+import functools
+import platform
+
+
+def name() -> str:
+    """Name and capability: `AMD EPYC (AVX512-BF16)`."""
+    told = _told("model name") or platform.processor() or platform.machine()
+    return f"{told} ({capability()})"
+
+
+@functools.cache
+def capability() -> str:
+    """What PyTorch multiplies with here: `AMX-BF16`, `AVX512-BF16`, `AVX512`, `AVX2`, `SVE256`, `NEON`, …
+
+    The environment variable `ATEN_CPU_CAPABILITY` can take some of it away, and then that counts.
+    Source: torch.backends.cpu.get_cpu_capability; the flags are those of Linux's /proc/cpuinfo.
+    """
+    import torch
+
+    used, flags = torch.backends.cpu.get_cpu_capability(), (_told("flags") or _told("Features")).split()
+    if used == "DEFAULT" and platform.machine() in ("aarch64", "arm64"):
+        used = "NEON"
+    if used == "AVX512":
+        return next((told for flag, told in _BF16.items() if flag in flags), used)
+    return f"{used}-BF16" if "bf16" in flags else used
+
+
+_BF16 = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
+
+
+def _told(key: str) -> str:
+    """What Linux says of the first processor, empty where it says nothing."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), "")
+    except OSError:
+        return ""
