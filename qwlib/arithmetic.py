@@ -7,9 +7,8 @@ and says what it found.
 
 Where float32 wins, `hook` lets a model calculate every product of several rows like this: the weight becomes float32 a slice at
 a time, so that memory hardly grows, and the result goes back to the type that it would have had. Sums are float32 either way.
-Products of one row stay as they are: a weight is read once for it, and half as many bytes are the faster. A 4-bit layer is
-dequantized for every product, of one row too, where bitsandbytes has no kernel of its own; its compute type is float32 then
-(`backends/bnb.py`).
+Products of one row stay as they are: a weight is read once for it, and half as many bytes are the faster. 4-bit layers have a
+choice of their own, in `backends/bnb.py`: what is fast for one row depends on how fast they are dequantized.
 
 What it leaves out: training. With gradients, products stay as they are. How it differs from autocast: that goes to a lower
 precision, and converts whole weights, which it keeps.

@@ -140,19 +140,24 @@ def test_scores_are_those_of_16_bit_products_but_for_rounding(single, lm, monkey
     assert (wanted.exp() * (wanted - other)).sum(-1).mean().item() > 20 * 2e-3
 
 
-def test_4_bit_layers_are_dequantized_to_float32_once(single, products):
+@pytest.mark.parametrize("few", [True, False])
+def test_4_bit_layers_are_dequantized_to_float32(single, products, few, monkeypatch):
     import bitsandbytes
+
+    monkeypatch.setattr(bnb, "few_rows_in_float32", lambda: few)
 
     with qwlib.load("smollm2-135m", "nf4-dq", device="cpu") as lm:
         layers = [module for module in lm.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
         before = [layer.weight.data.clone() for layer in layers]
         lm.logits(torch.arange(5, 25)[None])
         assert {layer.compute_dtype for layer in layers} == {torch.float32}
+        lm.logits([[5]])
+        assert {layer.compute_dtype for layer in layers} == {torch.float32 if few else torch.bfloat16}
         saved = lm.model.config.quantization_config  # is for whoever loads it, on a GPU perhaps
         assert saved.bnb_4bit_compute_dtype is torch.bfloat16
         assert all(map(torch.equal, before, (layer.weight.data for layer in layers)))  # not repacked for a bf16 kernel
         assert products == [(20, 576, 49_152)]  # the head, which stays 16-bit
-        layer, x = layers[0], torch.randn(1, 576).bfloat16()
+        layer, x = layers[0], torch.randn(arithmetic.ROWS, 576).bfloat16()
         with torch.inference_mode():
             got = layer(x)
         state = copy.copy(layer.weight.quant_state)

@@ -15,12 +15,13 @@ that multiplies by a 4-bit weight on a GPU (`multiply`), and these faults, each 
 """
 
 import copy
+import functools
 
 import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from .. import estimates, memory, schemes
+from .. import arithmetic, estimates, memory, schemes, timing
 from ..errors import QwlibError
 from . import hf
 
@@ -45,7 +46,7 @@ def fill(lm, source: str) -> None:
     finish(lm.model, lm.scheme, lm.dtype, lm.device)
     hf.finish(lm)
     if lm.arithmetic == torch.float32:
-        dequantize_to_float32(lm.model)
+        multiply_in_float32(lm.model)
 
 
 def _stores_ends(scheme) -> bool:
@@ -172,19 +173,43 @@ def finish(model, scheme, dtype, device) -> None:
     mend(model)
 
 
-def dequantize_to_float32(model) -> None:
-    """Let 4-bit layers multiply in float32, on a CPU without products of 16 bits.
+class Float32Linear4bit(bnb.nn.Linear4bit):
+    """A 4-bit linear layer on a CPU without products of 16 bits: several rows in float32, few in what is faster."""
 
-    bitsandbytes has a kernel for 4-bit weights where AVX512-BF16 is. Elsewhere it dequantizes a layer for every product, of one
-    row too, which is most of the time that a token takes; its loop writes float32 faster than bfloat16, which it has to round.
-    It is done last: what is saved keeps the 16-bit type for whoever loads it on a GPU, and peft gives adapters that type.
+    def forward(self, x):
+        several = x.shape[:-1].numel() >= arithmetic.ROWS
+        self.compute_dtype = torch.float32 if several or few_rows_in_float32() else x.dtype
+        return super().forward(x)
+
+
+@functools.cache
+def few_rows_in_float32() -> bool:
+    """Whether one row times a 4-bit layer takes clearly less time in float32 than in bfloat16, measured once a process.
+
+    Without its kernel for AVX512-BF16, bitsandbytes dequantizes the layer for every product, which is most of the time that a
+    token takes. With AVX512 it writes bfloat16 faster; with AVX2 its loop rounds numbers one by one, and float32 is faster.
     """
+    rows, columns = arithmetic.TRIED[2], arithmetic.TRIED[1]
+    packed, state = bnb.functional.quantize_4bit(torch.ones(rows, columns), quant_type="nf4")
+    x = torch.ones(1, columns)
+    ways = {
+        dtype: functools.partial(bnb.matmul_4bit, x.to(dtype), packed, state)
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    with torch.inference_mode():
+        took = timing.best(ways, 6, "cpu")
+    return took[torch.float32] < 0.8 * took[torch.bfloat16]  # clearly, so that every process finds the same
+
+
+def multiply_in_float32(model) -> None:
+    """Make the 4-bit layers of `model` `Float32Linear4bit`. Modules keep their names and weights, and files their 16-bit type."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = torch.float32
             module.support_avx512bf16_for_cpu = (
                 False  # that kernel is chosen by the processor, whatever PyTorch may use of it
             )
+        if type(module) is bnb.nn.Linear4bit:
+            module.__class__ = Float32Linear4bit
 
 
 def mend(model) -> int:
