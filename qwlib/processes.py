@@ -1,9 +1,9 @@
 """Processes that qwlib starts: how their threads wait, and why one ended.
 
 PyTorch's products on a CPU are loops of OpenMP, and a thread that is done early spins until the next loop begins. GNU's OpenMP
-spins for 300,000 rounds, some milliseconds: on an idle machine that costs nothing, but where other work wants the cores, each
+spins for 300,000 rounds: on an idle machine that costs nothing, but where other work wants the cores, each
 thread spins away the time that the one it waits for needs. `SPINS` rounds are enough for the gap between two layers, and let go
-of a core that somebody else wants. To sleep at once (`OMP_WAIT_POLICY=passive`) costs half of the speed on an idle machine.
+of a core that somebody else wants. To sleep at once (`OMP_WAIT_POLICY=passive`) made decoding 43 % slower on an idle machine.
 Measured by benchmarks/neighbour.py; the figures are in docs/measured.md.
 
 Source: GCC's manual of libgomp, environment variables OMP_WAIT_POLICY and GOMP_SPINCOUNT.
