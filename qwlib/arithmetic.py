@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import processor
 
-ROWS = 8  # products of fewer rows stay in the type of the weights: benchmarks/arithmetic.py
+ROWS = 16  # products of fewer rows stay in the type of the weights: benchmarks/arithmetic.py
 SLICE = 1 << 19  # weights that are float32 at a time: 2 MB, which a processor's cache holds
 TRIED = (128, 576, 1536)  # rows, columns, outputs of the product that is measured: a layer of a small model
 NARROW = (torch.bfloat16, torch.float16)
