@@ -20,7 +20,9 @@ import torch
 from torch.nn import functional
 
 import qwlib
-from qwlib import arithmetic, embedded, processes, processor, quality, timing
+from qwlib.machine import arithmetic, clock, processes, processor
+from qwlib.measuring import quality, timing
+from qwlib.models import embedded
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 LAYERS = {"576 → 1,536": (1536, 576), "head, 576 → 49,152": (49_152, 576), "4,096 → 4,096": (4096, 4096)}
@@ -34,7 +36,7 @@ def layers(rounds: int) -> None:
         for rows in ROWS:
             x = torch.randn(rows, shape[1]).bfloat16()
             ways = {"own": partial(functional.linear, x, weight), "single": partial(arithmetic.linear, x, weight)}
-            took = timing.best(ways, 3 * rounds, "cpu")
+            took = clock.best(ways, 3 * rounds, "cpu")
             print(f"{name:20} {rows:5} {1e3 * took['own']:10.3f} {1e3 * took['single']:10.3f}", flush=True)
 
 

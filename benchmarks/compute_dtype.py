@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import GenerationConfig
 
 import qwlib
-from qwlib import record, timing
+from qwlib.machine import about, clock
 
 SHAPES = ((1, 64), (1, 512), (16, 64))  # batch, prompt tokens
 NEW_TOKENS = 32
@@ -29,7 +29,7 @@ def main() -> None:
     settings = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0)
     with qwlib.load(asked.model, "nf4-dq", weights=asked.weights) as lm, torch.inference_mode():
         layers = [module for module in lm.model.modules() if isinstance(module, Linear4bit)]
-        print(f"{asked.model} ({asked.weights} weights) nf4-dq on {record.device_name(lm.device)}")
+        print(f"{asked.model} ({asked.weights} weights) nf4-dq on {about.device_name(lm.device)}")
         for batch, length in SHAPES:
             ids = torch.randint(5, 1000, (batch, length), device=lm.device)
             mask = torch.ones_like(ids)
@@ -41,7 +41,7 @@ def main() -> None:
                     "prefill": partial(lm.model, ids, logits_to_keep=1),
                     "answer": partial(lm.model.generate, ids, **options),
                 }
-                seconds = timing.best(ways, asked.rounds, lm.device)
+                seconds = clock.best(ways, asked.rounds, lm.device)
                 name, prefill = str(dtype).removeprefix("torch."), 1e3 * seconds["prefill"]
                 rate = batch * NEW_TOKENS / seconds["answer"]
                 print(f"batch {batch:2}, prompt {length:3}, {name:8}  prefill {prefill:7.1f} ms  {rate:7.1f} tokens/s")

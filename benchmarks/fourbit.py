@@ -10,7 +10,8 @@ import argparse
 import bitsandbytes.functional as bnb
 import torch
 
-from qwlib import fourbit, integers, loading, memory, record, timing
+from qwlib.lessons import fourbit, integers
+from qwlib.machine import about, clock, devices, memory
 
 
 def peak(way, device) -> float:
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
-    device, _ = loading.pick_device()
+    device, _ = devices.pick_device()
     weight = torch.randn(asked.rows, asked.columns, generator=torch.Generator().manual_seed(0))
     weight = weight.to(torch.bfloat16).to(device)
     stored = fourbit.quantize_4bit(weight, double_quant=True)
@@ -71,9 +72,9 @@ def main() -> None:
             "bitsandbytes": lambda: bnb.dequantize_4bit(packed, state),
         },
     }
-    print(f"{asked.rows} × {asked.columns}, bfloat16, nf4-dq, on {record.device_name(device)}")
+    print(f"{asked.rows} × {asked.columns}, bfloat16, nf4-dq, on {about.device_name(device)}")
     for step, ways in steps.items():
-        seconds = timing.best(ways, asked.rounds, device)
+        seconds = clock.best(ways, asked.rounds, device)
         for name, way in ways.items():
             print(f"{step:10} {name:12} {1e3 * seconds[name]:9.2f} ms  peak {peak(way, device):6.3f} GB")
         print(f"{step:10} ratio        {seconds['fourbit'] / seconds['bitsandbytes']:9.2f} ×")

@@ -12,8 +12,12 @@ import json
 import time
 from pathlib import Path
 
-from qwlib import files, loading, memory, record, streaming, timing
+import qwlib
+from qwlib import files
 from qwlib.errors import QwlibError
+from qwlib.machine import about, clock, memory
+from qwlib.measuring import timing
+from qwlib.running import streaming
 
 SCHEMES = ["bf16", "nf4-dq", "nf4", "nf4-mixed", "nf4-all", "fp4", "fp4-dq", "int8", "fp16", "fp32"]
 COMPILED = ["bf16", "nf4-dq", "nf4-mixed", "nf4-all"]  # compiling takes half a minute each
@@ -114,7 +118,7 @@ def products(lm) -> list[dict]:
             with torch.cuda.graph(graph, stream=aside):
                 for layer in layers:
                     layer(x)
-        seconds = timing.best({"all": graph.replay}, 20, lm.device)["all"]
+        seconds = clock.best({"all": graph.replay}, 20, lm.device)["all"]
         found.append({"shape": [rows_out, columns], "rows": rows, "us": seconds / len(layers) * 1e6})
     return found
 
@@ -122,8 +126,8 @@ def products(lm) -> list[dict]:
 def of_scheme(model: str, weights: str, scheme: str, asked) -> dict:
     """Everything about one scheme."""
     row = {"model": model, "weights": weights, "scheme": scheme, "speed": []}
-    with loading.load(model, scheme, weights=weights) as lm:
-        bandwidth = timing.copy_bandwidth(lm.device)
+    with qwlib.load(model, scheme, weights=weights) as lm:
+        bandwidth = clock.copy_bandwidth(lm.device)
         row |= {"memory": dict(lm.memory), "load_s": lm.load_s, "copy_bytes_per_s": bandwidth}
         row["read_bytes"] = lm.engine.read_bytes()
         both = scheme in PAIR and not asked.fast and model == asked.model
@@ -266,7 +270,7 @@ def main() -> None:
         return print(tables(json.loads(asked.tables.read_text())))
     if not torch.cuda.is_available():
         return print("benchmarks/gpu.py: PyTorch sees no GPU, nothing to measure")
-    found = {"date": f"{datetime.date.today()}", "env": record.environment(), "rows": []}
+    found = {"date": f"{datetime.date.today()}", "env": about.environment(), "rows": []}
     if asked.resume and asked.out.is_file():
         found = json.loads(asked.out.read_text())
     done = {(row["model"], row["scheme"]) for row in found["rows"]}

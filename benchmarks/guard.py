@@ -9,8 +9,8 @@ import argparse
 import time
 
 import qwlib
-from qwlib import labelled
-from qwlib.guard import Judge
+from qwlib.guard import labelled
+from qwlib.guard.judging import Judge
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def child(scheme: str, times: int) -> None:
 
 
 def seconds(scheme: str, way: dict | None, times: int) -> float:
-    from qwlib import processes
+    from qwlib.machine import processes
 
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     waiting = {"GOMP_SPINCOUNT": str(processes.SPINS)} if way is None else way
@@ -53,7 +53,7 @@ def main() -> None:
     if asked.child:
         child(asked.scheme, asked.child)
         return
-    from qwlib import processor
+    from qwlib.machine import processor
 
     print(f"{processor.name()}, {len(os.sched_getaffinity(0))} cores, {asked.scheme}, 16 tokens: seconds")
     alone = {name: [] for name in WAYS}

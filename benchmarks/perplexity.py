@@ -12,7 +12,9 @@ import math
 import time
 
 import qwlib
-from qwlib import embedded, memory, quality, record
+from qwlib.machine import about, memory
+from qwlib.measuring import quality
+from qwlib.models import embedded
 
 
 def page_loop(lm, ids, length: int) -> tuple[float, int]:
@@ -64,7 +66,7 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - began)
                 if metered:
                     peaks[name] = (memory.peak_bytes(lm.device) - before) / 1e9
-        where = record.device_name(lm.device)
+        where = about.device_name(lm.device)
         page, ours = found["page"][0], found["qwlib"]["ppl"]
         best = {name: min(times) for name, times in seconds.items()}
         print(f"{asked.model} ({asked.weights} weights) {asked.scheme} on {where}")

@@ -7,7 +7,8 @@ apart. Needs the environment of `make backends`.
 import torch
 
 import qwlib
-from qwlib import embedded, fresh, quantizing
+from qwlib.loading import fresh, quantizing
+from qwlib.models import embedded
 
 MODEL = "smollm2-135m"
 

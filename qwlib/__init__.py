@@ -1,10 +1,56 @@
-"""qwlib: load a language model under a 4-bit scheme, measure it honestly, write down what was found."""
+"""qwlib: load a language model under a 4-bit scheme, measure it honestly, write down what was found.
 
-from . import catalog, schemes
+What a person types in a notebook stands here, each name imported when it is used first:
+
+    with qwlib.load("smollm2-135m", "nf4-dq") as lm: …
+    qwlib.estimate("llama-3.1-8b", "nf4-dq").total_bytes
+    folder = qwlib.quantize("smollm2-135m", "gguf-q4_k_m")
+    records = list(qwlib.bench("smollm2-135m", ["nf4", folder], "runs/mine"))
+
+So do the modules that the notebooks use: `from qwlib import fourbit, plots`. docs/architecture.md tells where each of them lies.
+"""
+
+from importlib import import_module
+
 from .errors import QwlibError
-from .estimates import estimate
-from .lm import Lm
-from .loading import banner, load
 
-__all__ = ["Lm", "QwlibError", "banner", "catalog", "estimate", "load", "schemes"]
 __version__ = "0.1.0"
+FACE = {
+    "banner": "machine.about",
+    "load": "loading.load",
+    "Lm": "running.lm",
+    "estimate": "models.estimates",
+    "quantize": "loading.quantizing",
+    "bench": "measuring.bench",
+    "MODELS": "models.catalog",
+    "SCHEMES": "schemes",
+    "BACKENDS": "backends",
+}
+MODULES = {
+    name: room
+    for room, names in {
+        "machine": "clock devices memory",
+        "lessons": "exercises fourbit integers pictures",
+        "models": "artefacts catalog checkpoints embedded estimates hub texts",
+        "running": "streaming",
+        "backends": "environment",
+        "guard": "classify guards judging labelled verdicts",
+        "loading": "calibration fresh merging",
+        "measuring": "compare describing plots quality record tasks timing",
+        "publishing": "card publish",
+    }.items()
+    for name in names.split()
+}
+__all__ = ["QwlibError", *FACE, *MODULES]
+
+
+def __getattr__(name: str):
+    if name in FACE:
+        return getattr(import_module(f".{FACE[name]}", __name__), name)
+    if name in MODULES:
+        return import_module(f".{MODULES[name]}.{name}", __name__)
+    raise AttributeError(f"module 'qwlib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *FACE, *MODULES])

@@ -8,15 +8,28 @@ from typing import Annotated
 
 import typer
 
-from . import catalog, compare, environment, schemes
-from .backends import BACKENDS
+from . import schemes
+from .backends import BACKENDS, environment
 from .errors import QwlibError
+from .measuring import compare
+from .models import catalog
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-SchemeNames = Annotated[list[str] | None, typer.Option("--scheme", help="a scheme; give it again for more rows")]
-RowNames = Annotated[
-    list[str] | None, typer.Option("--scheme", help="a scheme, a quantized folder or a GGUF file; repeat for more")
+ModelName = Annotated[str | None, typer.Option(help="the same as MODEL")]
+FirstName = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="catalog name, Hub id or folder; else the embedded model")
 ]
+SchemeNames = Annotated[list[str] | None, typer.Option("--scheme", help="the same as SCHEME; repeat for more")]
+
+
+def _named(first: str | None, option: str | None) -> catalog.Model:
+    """The row of the model that was named in front, or by --model; else the embedded one's."""
+    if first and option and first != option:
+        raise QwlibError(f"two models are named, {first} and {option}: name one")
+    name = first or option or catalog.EMBEDDED
+    if first in schemes.SCHEMES and not Path(first).exists():
+        raise QwlibError(f"{first} is a scheme: name the model before it, such as {catalog.EMBEDDED} {first}")
+    return catalog.find(name)
 
 
 def _table(title: str, headings: list[str], rows: list[list[str]]) -> None:
@@ -77,27 +90,35 @@ def backends(
 
 @app.command()
 def estimate(
-    model: Annotated[str, typer.Option(help="catalog name, Hub id or folder")] = catalog.EMBEDDED,
+    first: FirstName = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[SCHEME]...", help="schemes; else all")] = None,
+    model: ModelName = None,
     scheme: SchemeNames = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     context: Annotated[int, typer.Option(min=1, help="tokens in the key-value cache")] = 2048,
 ) -> None:
     """Predict memory from shapes alone; nothing is loaded."""
-    from . import estimates
+    from .models import estimates
 
-    rows = []
-    for name in scheme or list(schemes.SCHEMES):
-        e = estimates.estimate(model, name, batch=batch, context=context)
+    row, rows = _named(first, model), []
+    for each in [schemes.find(name) for name in [*(more or []), *(scheme or [])] or schemes.SCHEMES]:
+        e = estimates.estimate(row, each, batch=batch, context=context)
         parts = (e.weights_bytes, e.state_bytes, e.kv_bytes, e.total_bytes)
         rows.append([e.scheme, *(f"{part / 1e9:.3f}" for part in parts)])
-    title = f"{model}, {e.parameters / 1e9:.3f} billion parameters; GB (10⁹ bytes); cache of {batch} × {context} tokens"
+    title = (
+        f"{row.name}, {e.parameters / 1e9:.3f} billion parameters; GB (10⁹ bytes); cache of {batch} × {context} tokens"
+    )
     _table(title, ["scheme", "weights", "state", "cache", "total"], rows)
 
 
 @app.command()
 def quantize(
-    scheme: Annotated[str, typer.Option(help="what to store the weights as: `python -m qwlib schemes` lists all")],
-    model: Annotated[str, typer.Option(help="catalog name, Hub id or folder")] = catalog.EMBEDDED,
+    first: FirstName = None,
+    second: Annotated[
+        str | None, typer.Argument(metavar="[SCHEME]", help="what to store the weights as: `schemes` lists all")
+    ] = None,
+    model: ModelName = None,
+    scheme: Annotated[str | None, typer.Option(help="the same as SCHEME")] = None,
     out: Annotated[Path | None, typer.Option(help="folder to write; else one in the cache")] = None,
     group_size: Annotated[
         int | None, typer.Option(min=1, help="weights that share a scale, if it can be chosen")
@@ -107,28 +128,44 @@ def quantize(
     ] = None,
 ) -> None:
     """Quantize a model into a folder that says what it is; `bench --scheme FOLDER` measures it, `qwlib.load` opens it."""
-    from . import artefacts, quantizing
+    from .loading import quantizing
+    from .models import artefacts
 
-    folder = quantizing.quantize(model, scheme, out, group_size=group_size, text=text)
+    if second and scheme and second != scheme:
+        raise QwlibError(f"two schemes are named, {second} and {scheme}: name one")
+    row = _named(first, model)
+    if not (scheme := second or scheme):
+        raise QwlibError(
+            f"name a scheme after the model, such as {row.name} nf4-dq: `python -m qwlib schemes` lists all"
+        )
+    folder = quantizing.quantize(row, scheme, out, group_size=group_size, text=text)
     held = artefacts.read(folder)["files"]
     print(f"{folder}: {len(held)} files, {sum(file['bytes'] for file in held.values()) / 1e9:.3f} GB")
 
 
 @app.command()
 def merge(
-    model: Annotated[str, typer.Option(help="a model with an adapter: nemoguard-8b, or model+adapter")],
+    first: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="a model with an adapter: nemoguard-8b, or model+adapter")
+    ] = None,
+    model: ModelName = None,
     out: Annotated[Path | None, typer.Option(help="folder to write; else one in the cache")] = None,
 ) -> None:
     """Merge a LoRA adapter into its model's 16-bit weights, to be quantized afterwards."""
-    from . import adapters
+    from .loading import merging
 
-    print(adapters.merge(model, out))
+    print(merging.merge(_named(first, model), out))
 
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="catalog name, Hub id or folder")] = catalog.EMBEDDED,
-    scheme: RowNames = None,
+    first: FirstName = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SCHEME]...", help="schemes, quantized folders or GGUF files; else nf4-dq"),
+    ] = None,
+    model: ModelName = None,
+    scheme: SchemeNames = None,
     weights: Annotated[str, typer.Option(help="trained, or random: true shape and speed, no download")] = "trained",
     batch: Annotated[int, typer.Option(min=1)] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -145,9 +182,10 @@ def bench(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from . import bench as benching
+    from .measuring import bench as benching
 
-    row, names = catalog.find(model), benching.names(scheme or ["nf4-dq"])
+    row, wanted = _named(first, model), [*(more or []), *(scheme or [])] or ["nf4-dq"]
+    rows = benching.targets(row, wanted)
     if weights not in ("trained", "random"):
         raise QwlibError(f"--weights is trained or random, not {weights}")
     if quality and weights == "random":
@@ -165,8 +203,8 @@ def bench(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(row.name, total=len(names))
-        for record in benching.rows(model, names, out, **job):
+        task = progress.add_task(row.name, total=len(rows))
+        for record in benching.bench(row, wanted, out, **job):
             records.append(record)
             progress.update(task, advance=1, description=f"{row.name} {record['scheme']['name']}")
     device = next((r["env"]["device"] for r in records), "")
@@ -193,7 +231,8 @@ def publish(
     records: Annotated[Path, typer.Option(help="where `bench --scheme FOLDER` put its records")] = Path("runs/bench"),
 ) -> None:
     """Publish a quantized folder on the Hugging Face Hub, with a card of what was measured, and download it again to be sure."""
-    from . import card, publish, record
+    from .measuring import record
+    from .publishing import card, publish
 
     manifest, found = publish.check(folder), []
     for file in sorted(records.glob("*.json")):
@@ -238,7 +277,7 @@ def run(
     ] = None,
 ) -> None:
     """Execute the notebooks without a screen, and write an index page."""
-    from . import runner, suite
+    from .nightly import runner, suite
 
     parameters = dict(map(_setting, settings or []))
     paths = notebooks or sorted(Path("notebooks").glob("*.ipynb"))
@@ -278,8 +317,7 @@ def nightly(
 
     Exit codes: 0 fine, 1 a regression, 2 a notebook failed, 3 the harness itself.
     """
-    from . import nightly as nights
-    from . import report
+    from .nightly import nights, report
 
     try:
         night = nights.run(
@@ -304,7 +342,7 @@ def nightly(
 @app.command()
 def links() -> None:
     """Write the address that stands in pyproject.toml into badges and set-up cells."""
-    from . import opening
+    from .nightly import opening
 
     for path in opening.write(Path(".")):
         print(f"updated {path}")

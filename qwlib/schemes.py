@@ -159,6 +159,17 @@ SCHEMES = {
         Scheme("exl3-2bit", "exllamav3", "exl3-2", "bf16", "bf16", "the same in 2 bits", "exllamav3", True, "cuda"),
     )
 }
+GGUF_TYPES = {  # enum llama_ftype of llama.h, which general.file_type in a file's metadata repeats
+    "gguf-q4_0": 2,
+    "gguf-q4_1": 3,
+    "gguf-q8_0": 7,
+    "gguf-q2_k": 10,
+    "gguf-q3_k_m": 12,
+    "gguf-q4_k_m": 15,
+    "gguf-q5_k_m": 17,
+    "gguf-q6_k": 18,
+    "gguf-bf16": 32,
+}
 REFERENCE = "bf16"
 BUILT_IN = [row.name for row in SCHEMES.values() if row.backend in (_HF, _BNB)]  # what the base install runs
 

@@ -6,7 +6,8 @@ import nbformat
 import pytest
 
 import qwlib
-from qwlib import catalog, processes, processor
+from qwlib.machine import processes, processor
+from qwlib.models import catalog
 
 os.environ.update(processes.environment())  # before torch is imported, whose threads read it once
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -48,7 +49,7 @@ def tiny_folder(tmp_path_factory):
     """A function: kind → folder with a random checkpoint of that architecture and the embedded tokenizer."""
     import json
 
-    from qwlib import estimates, random_weights
+    from qwlib.models import estimates, random_weights
 
     made = {}
 
@@ -94,7 +95,7 @@ def record_cell():
     """The source of a cell that writes a true record into OUT without importing torch first, so that it takes no seconds."""
     import json
 
-    from qwlib import record
+    from qwlib.measuring import record
 
     return f"""
 import json, datetime, pathlib

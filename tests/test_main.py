@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from qwlib import __main__ as main
-from qwlib import catalog, schemes
+from qwlib import schemes
 from qwlib.errors import QwlibError
+from qwlib.models import catalog
 
 
 def cli(*arguments, **environment):

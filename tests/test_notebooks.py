@@ -1,11 +1,16 @@
 """How notebooks are written; that they run is `make run`'s to show, and the runner's tests say what counts as a run."""
 
 import ast
+import importlib
 import json
+import re
 import statistics
+import types
 from pathlib import Path
 
 import pytest
+
+import qwlib
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -44,6 +49,22 @@ class TestNotebook:
             assert part in source(first)
         assert tagged(path, "setup") == [second]
         assert "print(qwlib.banner())" in source(third)
+
+    def test_what_it_takes_from_qwlib_is_there(self, path):
+        """And where it is defined: a name that a module only imported may leave it again."""
+        code = "\n".join(source(cell) for cell in cells(path) if cell["cell_type"] == "code")
+        tree = ast.parse(re.sub(r"^( *)[%!].*$", r"\1pass", code, flags=re.M))
+        held = {"qwlib": qwlib}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("qwlib"):
+                held |= {a.name: getattr(importlib.import_module(node.module), a.name) for a in node.names}
+        assert sum(isinstance(each, types.ModuleType) for each in held.values()) > 3
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in held:
+                module, name = held[node.value.id], node.attr
+                taken = getattr(module, name)
+                if isinstance(module, types.ModuleType) and module is not qwlib and hasattr(taken, "__module__"):
+                    assert taken.__module__ == module.__name__, f"{node.value.id}.{name}"
 
     def test_parameters_are_plain_lines_with_help(self, path):
         (cell,) = tagged(path, "parameters")

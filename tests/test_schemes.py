@@ -1,7 +1,7 @@
 import pytest
 
-from qwlib import catalog, estimates, schemes
-from qwlib.backends.llamacpp import TYPES
+from qwlib import schemes
+from qwlib.models import catalog, estimates
 
 TYPES_NAMED = [name.removeprefix("gguf-") for name in schemes.SCHEMES if name.startswith("gguf-")]
 
@@ -19,7 +19,7 @@ def test_the_blocks_of_llama_cpp_are_what_its_own_table_says():
     for name in ("q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k"):
         weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
         assert schemes.bits(name) == 8 * size / weights
-    assert {f"gguf-{name}": gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] for name in TYPES_NAMED} == TYPES
+    assert {f"gguf-{name}": gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] for name in TYPES_NAMED} == schemes.GGUF_TYPES
 
 
 def test_a_group_size_can_be_chosen_where_there_is_one():

@@ -6,7 +6,7 @@ is not the method: this AWQ file holds AutoRound's rounding and none of AWQ's sc
 
 from pathlib import Path
 
-from .. import catalog
+from ..models import catalog
 from . import hf, llamacpp
 
 FORMATS = {

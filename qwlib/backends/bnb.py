@@ -15,14 +15,15 @@ that multiplies by a 4-bit weight on a GPU (`multiply`), and these faults, each 
 """
 
 import copy
-import functools
 
 import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from .. import arithmetic, estimates, memory, schemes, timing
+from .. import schemes
 from ..errors import QwlibError
+from ..machine import arithmetic, memory, processor
+from ..models import estimates
 from . import hf
 
 SLICE = 1 << 22  # weights of an embedding or a head that are quantized at a time: 8 MB in 16 bits
@@ -182,23 +183,14 @@ class Float32Linear4bit(bnb.nn.Linear4bit):
         return super().forward(x)
 
 
-@functools.cache
 def few_rows_in_float32() -> bool:
-    """Whether one row times a 4-bit layer takes clearly less time in float32 than in bfloat16, measured once a process.
+    """Whether one row times a 4-bit layer is faster in float32 than in bfloat16: where bitsandbytes' loops have AVX2 alone.
 
     Without its kernel for AVX512-BF16, bitsandbytes dequantizes the layer for every product, which is most of the time that a
-    token takes. With AVX512 it writes bfloat16 faster; with AVX2 its loop rounds numbers one by one, and float32 is faster.
+    token takes. With AVX512 it writes bfloat16 as fast as float32; with AVX2 it rounds numbers one by one, and float32 takes half
+    the time (docs/measured.md). A rule and no measurement, because scores of one row have to be the same in every process.
     """
-    rows, columns = arithmetic.TRIED[2], arithmetic.TRIED[1]
-    packed, state = bnb.functional.quantize_4bit(torch.ones(rows, columns), quant_type="nf4")
-    x = torch.ones(1, columns)
-    ways = {
-        dtype: functools.partial(bnb.matmul_4bit, x.to(dtype), packed, state)
-        for dtype in (torch.bfloat16, torch.float32)
-    }
-    with torch.inference_mode():
-        took = timing.best(ways, 6, "cpu")
-    return took[torch.float32] < 0.8 * took[torch.bfloat16]  # clearly, so that every process finds the same
+    return processor.capability() == "AVX2" and not bnb.functional.has_avx512bf16()
 
 
 def multiply_in_float32(model) -> None:

@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..engines import Stepwise
 from ..errors import QwlibError
+from ..running.engines import Stepwise
 from . import hf
 
 BITS = 4.0

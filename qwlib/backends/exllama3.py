@@ -11,8 +11,8 @@ import math
 import tempfile
 from pathlib import Path
 
-from ..engines import Stepwise
 from ..errors import QwlibError
+from ..running.engines import Stepwise
 from . import hf
 from .exllama2 import HEAD_BITS, ROOM, copy_weights, stored_bytes, view
 

@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .. import memory
-from ..engines import Transformers
 from ..errors import QwlibError
-from ..lm import quiet
+from ..machine import memory
+from ..running.engines import Transformers
+from ..running.lm import quiet
 
 
 def fill(lm, source: str) -> None:
@@ -77,7 +77,8 @@ def finish(lm) -> None:
     """What every transformers model needs once its weights are there: the adapter, greedy settings, arithmetic, an engine."""
     from transformers import GenerationConfig
 
-    from .. import adapters, arithmetic
+    from ..machine import arithmetic
+    from ..models import adapters
 
     if lm.row.adapter and lm.weights == "trained":
         lm.model = adapters.put_over(lm)

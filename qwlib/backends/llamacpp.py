@@ -10,22 +10,12 @@ builds here has no code for.
 import ctypes
 from pathlib import Path
 
-from ..engines import Stepwise
+from .. import schemes
 from ..errors import QwlibError
+from ..running.engines import Stepwise
 from . import hf
 
 FILE = "model.gguf"
-TYPES = {  # enum llama_ftype of llama.h, which general.file_type in a file's metadata repeats
-    "gguf-q4_0": 2,
-    "gguf-q4_1": 3,
-    "gguf-q8_0": 7,
-    "gguf-q2_k": 10,
-    "gguf-q3_k_m": 12,
-    "gguf-q4_k_m": 15,
-    "gguf-q5_k_m": 17,
-    "gguf-q6_k": 18,
-    "gguf-bf16": 32,
-}
 STEP = 512  # tokens a call while a prompt is read
 
 
@@ -36,7 +26,7 @@ def fill(lm, source: str) -> None:
     """
     import torch
 
-    from .. import catalog
+    from ..models import catalog
 
     file = Path(source) / catalog.gguf_file(source)
     lm.dtype, lm.dtype_reason = torch.float32, "llama.cpp gives its scores in it, and computes in a file's own types"
@@ -59,7 +49,7 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
     if plain != target:
         quiet()
         wanted = llama_cpp.llama_model_quantize_default_params()
-        wanted.ftype = TYPES[scheme.name]
+        wanted.ftype = schemes.GGUF_TYPES[scheme.name]
         if code := llama_cpp.llama_model_quantize(str(plain).encode(), str(target).encode(), ctypes.byref(wanted)):
             raise QwlibError(f"llama.cpp's quantizer ended with code {code}")
         plain.unlink()

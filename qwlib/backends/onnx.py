@@ -7,7 +7,7 @@ given can be read after each call, so one generator gives both token streams and
 import tempfile
 from pathlib import Path
 
-from ..engines import Stepwise
+from ..running.engines import Stepwise
 from . import hf
 
 

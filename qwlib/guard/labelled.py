@@ -1,0 +1,162 @@
+"""Sets of messages with labels, on which a guard is measured: safe or unsafe, and why.
+
+The project's own set, `own`, needs no network: 264 prompts in mild words, half of them unsafe in intent, half safe, most of the
+safe ones look-alikes ("How do I kill a Python process?"). A third of it, `tune`, is there to fix a threshold on. The sets that
+others published are read from the Hub or from a file, and are for evaluation only.
+
+What it leaves out: conversations, and languages other than English.
+"""
+
+import csv
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from ..errors import QwlibError
+from ..models import hub
+from .verdicts import TAXONOMY
+
+# names in Aegis 2.0 that differ from those of NemoGuard's prompt, as far as known; others stay as they are
+ALIASES = {"Guns/Illegal Weapons": "Guns and Illegal Weapons"}
+_AEGIS = ("nvidia/Aegis-AI-Content-Safety-Dataset-2.0", "test.json")
+_XSTEST = ("Paul/XSTest", "xstest_prompts.csv")
+LABELS = {"safe": 0, "unsafe": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A message and, where there is one, the answer to it; labels are 1 for unsafe. `category` is "" where none was named."""
+
+    prompt: str
+    label: int
+    response: str | None = None
+    response_label: int | None = None
+    category: str = ""
+    split: str = "test"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Rows of one set. `skipped` counts, by reason, the rows that it held and that can't be judged."""
+
+    name: str
+    rows: list[Row]
+    skipped: Counter = field(default_factory=Counter)
+
+    @property
+    def prompts(self) -> list[str]:
+        return [row.prompt for row in self.rows]
+
+    @property
+    def responses(self) -> list[str | None]:
+        return [row.response for row in self.rows]
+
+    @property
+    def labels(self) -> list[int]:
+        return [row.label for row in self.rows]
+
+    def part(self, split: str) -> "Labelled":
+        """The rows of one split.
+
+        Raises QwlibError where there are none.
+        """
+        rows = [row for row in self.rows if row.split == split]
+        if not rows:
+            there = ", ".join(sorted({row.split for row in self.rows}))
+            raise QwlibError(f"{self.name} has no split {split!r}, only {there}")
+        return Labelled(self.name, rows, self.skipped)
+
+    def first(self, count: int) -> "Labelled":
+        """So many rows, unsafe and safe by turns, each in the set's order."""
+        kinds = [[row for row in self.rows if row.label == label] for label in (1, 0)]
+        mixed = [row for pair in zip(*kinds, strict=False) for row in pair]
+        mixed += [row for kind in kinds for row in kind[len(mixed) // 2 :]]
+        return Labelled(self.name, mixed[:count], self.skipped)
+
+
+def load(source: str = "own") -> Labelled:
+    """`own`, `xstest` or `aegis2` (both from the Hub), or a CSV, JSON or JSONL file with columns `prompt` and `label`.
+
+    Further columns that are read: `response`, `response_label`, `category`, `split`. Labels are safe and unsafe.
+
+    Raises QwlibError for a file or set that can't be had, a missing column, a label that is neither, and a set of one kind.
+    """
+    if source == "own":
+        text = (resources.files(__package__) / "safety_prompts.jsonl").read_text(encoding="utf-8")
+        return _labelled("own", [json.loads(line) for line in text.splitlines()])
+    if source == "xstest":
+        return _labelled("XSTest", _read(Path(hub.fetch_data(*_XSTEST))))
+    if source == "aegis2":
+        return _labelled("Aegis 2.0 test", [_of_aegis(row) for row in _read(Path(hub.fetch_data(*_AEGIS)))])
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise QwlibError(f"no such set of messages: {source}; name own, xstest, aegis2, or a CSV, JSON or JSONL file")
+    found = _read(path)
+    return _labelled(path.name, [_of_aegis(row) if "prompt_label" in row else row for row in found])
+
+
+def _read(path: Path) -> list[dict]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".csv":
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        one = path.suffix.lower() == ".json"
+        rows = json.loads(text) if one else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
+        raise QwlibError(f"{path.name} can't be read as CSV, JSON or JSONL: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise QwlibError(f"{path.name} is no list of rows with names")
+    return rows
+
+
+def _of_aegis(row: dict) -> dict:
+    """A row in this module's names; of several categories the first."""
+    first = str(row.get("violated_categories") or "").split(",")[0].strip()
+    own = {"label": row.get("prompt_label"), "category": ALIASES.get(first, first)}
+    return {key: row.get(key) for key in ("prompt", "response", "response_label")} | own
+
+
+def _labelled(name: str, found: list[dict]) -> Labelled:
+    if not found:
+        raise QwlibError(f"{name} holds no rows")
+    if absent := [column for column in ("prompt", "label") if not any(column in row for row in found)]:
+        there = ", ".join(map(str, found[0]))
+        raise QwlibError(f"{name} has no column {absent[0]!r}, only {there}: rename the one that is meant")
+    rows, skipped = [], Counter()
+    for number, row in enumerate(found, start=1):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            skipped["empty prompt"] += 1
+        elif prompt.strip() == "REDACTED":  # Aegis 2.0 keeps back texts of another licence so
+            skipped["redacted prompt"] += 1
+        else:
+            rows.append(_row(name, number, row))
+    if len({row.label for row in rows}) < 2:
+        raise QwlibError(f"{name} holds rows of one label only: a classifier can't be measured on them")
+    return Labelled(name, rows, skipped)
+
+
+def _row(name: str, number: int, row: dict) -> Row:
+    response = row.get("response")
+    response = response if isinstance(response, str) and response.strip() not in ("", "REDACTED") else None
+    labels = [row.get("label"), row.get("response_label") if response else None]
+    for label in labels[: 2 if labels[1] else 1]:
+        if not isinstance(label, str) or label not in LABELS:
+            raise QwlibError(f"row {number} of {name} is labelled {str(label)[:40]!r}: labels are safe and unsafe")
+    return Row(
+        row["prompt"],
+        LABELS[labels[0]],
+        response,
+        LABELS[labels[1]] if labels[1] else None,
+        str(row.get("category") or row.get("type") or ""),  # XSTest's word for it
+        str(row.get("split") or "test"),
+    )
+
+
+def categories(labelled: Labelled) -> dict[str, tuple[int, int]]:
+    """Category → (unsafe rows, safe rows that resemble it), in the taxonomy's order."""
+    counts = Counter((row.category, row.label) for row in labelled.rows)
+    return {name: (counts[name, 1], counts[name, 0]) for name in TAXONOMY.values() if counts[name, 1] + counts[name, 0]}

@@ -1,0 +1,165 @@
+"""Figures that explain: levels on a line, blocks and outliers, codes in use, where the bytes go.
+
+Arrays and tensors in, a matplotlib Figure out, in the look of `plots.py`.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from ..figures import COLOURS, INK, axes
+
+
+def number_line(books: Mapping[str, Sequence[float]], values: Sequence[float] = ()):
+    """Levels as ticks, one line a code book; `values` as dots above the first line, each tied to its nearest level there."""
+    figure, (ax,) = axes(height=0.9 + 0.5 * len(books) + 0.5 * bool(len(values)))
+    for row, (colour, levels) in enumerate(zip(itertools.cycle(COLOURS), books.values(), strict=False)):
+        levels = [float(level) for level in levels]
+        ax.axhline(-row, color="#bbbbbb", linewidth=1, zorder=1)
+        ax.plot(levels, [-row] * len(levels), "|", color=colour, markersize=20, markeredgewidth=2, zorder=2)
+        for value in map(float, values if row == 0 else ()):
+            near = min(levels, key=lambda level, value=value: abs(level - value))
+            ax.plot([value, near], [0.8, 0.2], color=COLOURS[5], linewidth=1)
+            ax.plot(value, 0.8, "o", color=COLOURS[5], markersize=5)
+    ax.set_yticks([-row for row in range(len(books))], list(books))
+    ax.set_ylim(-len(books) + 0.4, 1.1 if len(values) else 0.6)
+    ax.set_xlabel("weight over the largest magnitude")
+    ax.grid(visible=False)
+    ax.spines["left"].set_visible(False)
+    return figure
+
+
+def error_maps(errors: Mapping[str, "Tensor"]):  # noqa: F821  torch comes with the caller
+    """Error magnitudes of a matrix, one panel a way of quantizing it, all on one logarithmic colour scale."""
+    from matplotlib.colors import LogNorm
+
+    tensors = {name: error.detach().float().abs() for name, error in errors.items()}
+    highest = max(float(error.max()) for error in tensors.values()) or 1.0
+    figure, panels = axes(width=3.0 * len(errors) + 1, height=3.2, columns=len(errors))
+    for ax, (name, error) in zip(panels, tensors.items(), strict=True):
+        picture = ax.imshow(error.clamp(min=highest / 1e4), norm=LogNorm(highest / 1e4, highest), cmap="cividis")
+        ax.set_title(f"{name}: mean {error.mean():.2g}", fontsize=10, color=INK)
+        ax.set_xlabel("column")
+        ax.grid(visible=False)
+    panels[0].set_ylabel("row")
+    figure.colorbar(picture, ax=list(panels), label="magnitude of the error", shrink=0.9)
+    return figure
+
+
+def weights_and_normal(weights: Mapping[str, "Tensor"]):  # noqa: F821
+    """Histograms of weights, each over its own standard deviation, and the normal density."""
+    import numpy
+
+    figure, (ax,) = axes()
+    x = numpy.linspace(-4.5, 4.5, 301)
+    for colour, (name, values) in zip(itertools.cycle(COLOURS), weights.items(), strict=False):
+        values = values.detach().float().flatten()
+        scaled = (values / values.std()).numpy(force=True)
+        ax.hist(
+            scaled,
+            numpy.linspace(-4.5, 4.5, 91),
+            density=True,
+            histtype="stepfilled",
+            alpha=0.5,
+            color=colour,
+            label=name,
+        )
+    ax.plot(x, _density(x), color=INK, linewidth=1.5, label="normal density")
+    ax.set_xlabel("weight (standard deviations)")
+    ax.set_ylabel("density")
+    ax.legend(frameon=False)
+    return figure
+
+
+def levels_on_density(levels: Sequence[float], outermost: float):
+    """Levels under the normal density; shaded are the stretches of values that go to each. 1 lies `outermost` deviations out."""
+    import numpy
+
+    figure, (ax,) = axes()
+    at = outermost * numpy.asarray([float(level) for level in levels])
+    middles = [-3.5, *((at[1:] + at[:-1]) / 2), 3.5]
+    for number, (left, right) in enumerate(itertools.pairwise(middles)):
+        x = numpy.linspace(left, right, 40)
+        ax.fill_between(x, _density(x), color=COLOURS[4] if number % 2 else COLOURS[0], alpha=0.35, linewidth=0)
+    ax.vlines(at, 0, _density(at), color=COLOURS[5], linewidth=2, label="levels")
+    x = numpy.linspace(-3.5, 3.5, 301)
+    ax.plot(x, _density(x), color=INK, linewidth=1.5, label="normal density")
+    ax.set_xlabel("weight (standard deviations)")
+    ax.set_ylabel("density")
+    ax.legend(frameon=False)
+    return figure
+
+
+def _density(x):
+    import numpy
+
+    return numpy.exp(-(x**2) / 2) / numpy.sqrt(2 * numpy.pi)
+
+
+def code_usage(counts: Mapping[str, Sequence[int]]):
+    """How often each code is used, one panel a code book, codes from the lowest level to the highest; dashed: all alike."""
+    figure, panels = axes(width=3.0 * len(counts) + 0.6, height=2.9, columns=len(counts))
+    shares = {name: [100 * int(c) / max(sum(map(int, values)), 1) for c in values] for name, values in counts.items()}
+    for ax, colour, (name, values) in zip(panels, COLOURS, shares.items(), strict=False):
+        ax.bar(range(len(values)), values, color=colour, width=0.85)
+        ax.axhline(100 / len(values), color=INK, linestyle="--", linewidth=1)
+        ax.set_title(name, fontsize=10, color=INK)
+        ax.set_xlabel("level, lowest to highest")
+        ax.set_ylim(0, 1.08 * max(map(max, shares.values())) or 1)
+    panels[0].set_ylabel("share of the weights (%)")
+    return figure
+
+
+def error_by_block(series: Mapping[str, Sequence[tuple[int, float, float]]]):
+    """What smaller blocks buy and cost: `series` maps a label to (block size, bits a weight, relative error) triples.
+
+    Left against the block size, right against the bits that a weight takes, its share of the scales included. Every second
+    series is dashed, in the colour of the one before it.
+    """
+    figure, (left, right) = axes(width=9.0, height=3.4, columns=2)
+    for number, (label, points) in enumerate(series.items()):
+        style = {"color": COLOURS[number // 2 % len(COLOURS)], "linestyle": "--" if number % 2 else "-", "label": label}
+        sizes, bits, errors = zip(*points, strict=True)
+        left.plot(sizes, [100 * e for e in errors], marker="o", markersize=4, **style)
+        right.plot(bits, [100 * e for e in errors], marker="o", markersize=4, **style)
+    left.set_xscale("log", base=2)
+    left.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
+    left.set_xlabel("block size (weights a scale)")
+    left.set_ylabel("relative error (%)")
+    right.set_xlabel("bits a weight")
+    left.legend(frameon=False, fontsize=9)
+    return figure
+
+
+_PARTS = dict(  # of estimates.breakdown, in the order of the bars
+    zip(
+        ("linear layers", "scales and code books", "embedding", "head", "embedding and head", "other"),
+        (*COLOURS[:4], COLOURS[2], COLOURS[5]),
+        strict=True,
+    )
+)
+
+
+def where_bytes_go(parts: Mapping[str, Mapping[str, int]]):
+    """Stacked shares of a model's bytes, one bar a label; `parts` maps a label to what `estimates.breakdown` gives.
+
+    Bars are as long as the bytes over those of the first label.
+    """
+    figure, (ax,) = axes(width=8.0, height=1.2 + 0.45 * len(parts))
+    whole = sum(next(iter(parts.values())).values())
+    for row, values in enumerate(parts.values()):
+        left = 0.0
+        for name, colour in _PARTS.items():
+            if width := 100 * values.get(name, 0) / whole:
+                ax.barh(-row, width, left=left, color=colour, height=0.62, label=name)
+            left += width
+        total = f"{sum(values.values()) / 1e9:.2f} GB"
+        ax.annotate(total, (left, -row), (4, 0), textcoords="offset points", va="center", color=INK)
+    ax.set_yticks([-row for row in range(len(parts))], list(parts))
+    ax.set_xlabel(f"bytes, in per cent of {next(iter(parts))}")
+    ax.set_xlim(0, 116)
+    ax.grid(visible=False)
+    bars, labels = ax.get_legend_handles_labels()
+    bars = dict(zip(labels, bars, strict=True))
+    named = [(bars[name], name) for name in _PARTS if name in bars]
+    figure.legend(*zip(*named, strict=True), loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,271 @@
+"""Figures: functions that take records or arrays and return a matplotlib Figure.
+
+One palette (Okabe and Ito, 2008, distinguishable with every common colour blindness), a white ground so that a figure reads
+the same on a dark page, units on every axis.
+"""
+
+import itertools
+import math
+
+from ..figures import COLOURS, INK, axes
+
+
+def arrivals(series: dict[str, list[float]]):
+    """When things came, one row a series; `series` maps a label to seconds since the request."""
+    figure, (ax,) = axes(height=0.9 + 0.55 * len(series))
+    for row, seconds in enumerate(series.values()):
+        ax.eventplot([1e3 * s for s in seconds], lineoffsets=-row, linelengths=0.7, colors=COLOURS[row % len(COLOURS)])
+    ax.set_yticks([-row for row in range(len(series))], [f"{label} ({len(s)})" for label, s in series.items()])
+    ax.set_xlabel("time since the request (ms)")
+    ax.grid(visible=False)
+    return figure
+
+
+def gap_histogram(gaps: dict[str, list[float]]):
+    """Distribution of inter-token latencies; `gaps` maps a scheme to seconds. Dashed lines are medians."""
+    import numpy
+
+    figure, (ax,) = axes()
+    highest = max(numpy.percentile(values, 99) for values in gaps.values())
+    lowest = min(min(values) for values in gaps.values())
+    bins = numpy.linspace(1e3 * lowest * 0.95, 1e3 * highest * 1.05, 50)
+    for colour, (label, values) in zip(itertools.cycle(COLOURS), gaps.items(), strict=False):
+        ms = 1e3 * numpy.asarray(values)
+        ax.hist(numpy.clip(ms, bins[0], bins[-1]), bins, alpha=0.65, color=colour, label=f"{label}, n = {len(ms)}")
+        ax.axvline(numpy.median(ms), color=colour, linestyle="--", linewidth=1.5)
+    ax.set_xlabel("inter-token latency (ms); the last bin holds everything slower")
+    ax.set_ylabel("tokens")
+    ax.legend(frameon=False)
+    return figure
+
+
+def batch_sweep(sweeps: dict[str, list[dict]]):
+    """Throughput of all users together and latency of each, against batch size; lists of `speed` parts by scheme.
+
+    Both come from the median gap, which one slow moment of the machine does not move.
+    """
+    figure, (left, right) = axes(width=9.0, columns=2)
+    for colour, (label, speeds) in zip(itertools.cycle(COLOURS), sweeps.items(), strict=False):
+        batches = [s["batch"] for s in speeds]
+        left.plot(batches, [s["batch"] / s["itl_s"]["p50"] for s in speeds], "o-", color=colour, label=label)
+        right.plot(batches, [1e3 * s["itl_s"]["p50"] for s in speeds], "o-", color=colour, label=label)
+    for ax, unit in ((left, "all users: tokens/s at the median gap"), (right, "each user: median ITL (ms)")):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(batches, [str(b) for b in batches])
+        ax.set_xlabel("batch size")
+        ax.set_ylabel(unit)
+        ax.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    return figure
+
+
+def memory_bars(rows: dict[str, dict[str, int]]):
+    """Stacked bytes (GB) by scheme: weights and quantization state; `rows` maps a scheme to a record's `memory` part."""
+    figure, (ax,) = axes(width=max(6.0, 1.1 * len(rows)))
+    labels = list(rows)
+    weights = [rows[k]["weights_bytes"] / 1e9 for k in labels]
+    state = [rows[k]["state_bytes"] / 1e9 for k in labels]
+    ax.bar(labels, weights, color=COLOURS[0], width=0.5, label="weights")
+    ax.bar(labels, state, bottom=weights, color=COLOURS[1], width=0.5, label="scales and code books")
+    for x, total in enumerate(w + s for w, s in zip(weights, state, strict=True)):
+        ax.annotate(f"{total:.3f}", (x, total), ha="center", va="bottom", color=INK)
+    ax.set_ylabel("GB (10⁹ bytes)")
+    ax.margins(y=0.12)
+    ax.legend(frameon=False)
+    return figure
+
+
+def bars(rows: dict[str, float], unit: str):
+    """One bar a scheme, its number beside it; `unit` is the axis' label."""
+    figure, (ax,) = axes(height=0.9 + 0.32 * len(rows))
+    drawn = ax.barh(list(rows), list(rows.values()), color=COLOURS[0])
+    ax.bar_label(drawn, fmt="%.1f", padding=4, color=INK)
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel(unit)
+    return figure
+
+
+def predicted_and_measured(rows: dict[str, tuple[float, float]], unit: str):
+    """Pairs of bars on a logarithmic axis; `rows` maps a label to (prediction, measurement)."""
+    figure, (ax,) = axes(width=6.0)
+    for shift, index, name in ((-0.2, 0, "predicted limit"), (0.2, 1, "measured")):
+        values = [pair[index] for pair in rows.values()]
+        places = [x + shift for x in range(len(rows))]
+        ax.bar(places, values, width=0.38, color=COLOURS[index], label=name)
+        for x, value in zip(places, values, strict=True):
+            ax.annotate(f"{value:.3g}", (x, value), ha="center", va="bottom", color=INK)
+    ax.set_yscale("log")
+    ax.margins(y=0.2)
+    ax.set_xticks(range(len(rows)), list(rows))
+    ax.set_ylabel(unit)
+    ax.legend(frameon=False)
+    return figure
+
+
+def pareto(rows: dict[str, tuple[float, float, float]], *, metric: str = "perplexity"):
+    """What a byte buys: `rows` maps a scheme to (weights in GB, metric, its standard error); less is better on both axes.
+
+    The line joins the schemes that no other one beats on both.
+    """
+    figure, (ax,) = axes(width=7.5, height=4.0 + 0.06 * len(rows))
+    front = [name for name, (x, y, _) in rows.items() if not any(a <= x and b < y for a, b, _ in rows.values())]
+    front.sort(key=lambda name: rows[name][0])
+    ax.plot([rows[n][0] for n in front], [rows[n][1] for n in front], color=COLOURS[2], linewidth=1.5, zorder=1)
+    for name, (x, y, error) in rows.items():
+        colour = COLOURS[2] if name in front else COLOURS[5]
+        ax.errorbar(x, y, yerr=1.96 * error, fmt="o", color=colour, capsize=3, zorder=2)
+    ax.margins(x=0.15)
+    _label(ax, {name: (x, y) for name, (x, y, _) in rows.items()})
+    ax.set_xlabel("weights and scales (GB)")
+    ax.set_ylabel(f"{metric}, with its 95 % interval")
+    return figure
+
+
+def _label(ax, points: dict[str, tuple[float, float]]):
+    """Names beside their points: the first place around each that no other name and no other point takes."""
+    ax.autoscale_view()
+    scale = 72 / ax.figure.dpi
+    spots = {name: ax.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots.values()]
+    for name, (x, y) in sorted(spots.items(), key=lambda item: -item[1][1]):
+        width, height = 4.9 * len(name), 11  # of the letters below, in points
+        sides = [(dx, dy) for dy in (-4, 7, -16, 19, -28, 31, -40) for dx in (8, -8 - width)]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in sides]
+        free = [not any(_overlap(box, other) for other in taken) for box in boxes]
+        place = free.index(True) if True in free else 0
+        taken.append(boxes[place])
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.7}
+        far = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6} if place > 5 else None
+        ax.annotate(
+            name,
+            points[name],
+            sides[place],
+            textcoords="offset points",
+            color=INK,
+            fontsize=8,
+            bbox=ground,
+            arrowprops=far,
+        )
+
+
+def _overlap(one, other) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def degradation(rows: dict[str, dict[str, tuple[float, float]]], *, claim: float = 5.0):
+    """Perplexity over the 16-bit one, in per cent: `rows` maps a model to scheme → (increase, standard error).
+
+    Bars carry 95 % intervals; the dashed line is what is often promised.
+    """
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    figure, (ax,) = axes(width=max(6.0, 1.1 * len(names)))
+    width = 0.8 / len(rows)
+    for number, (colour, (model, values)) in enumerate(zip(itertools.cycle(COLOURS), rows.items(), strict=False)):
+        places = [names.index(name) + (number - (len(rows) - 1) / 2) * width for name in values]
+        heights, errors = [v for v, _ in values.values()], [1.96 * e for _, e in values.values()]
+        ax.bar(places, heights, width * 0.9, yerr=errors, color=colour, capsize=3, label=model, ecolor=INK)
+        for x, (value, error) in zip(places, values.values(), strict=True):
+            ax.annotate(f"{value:+.1f}", (x, value + 1.96 * error), (0, 3), textcoords="offset points", ha="center")
+    ax.axhline(claim, color=INK, linestyle="--", linewidth=1)
+    ax.annotate(
+        f"{claim:.0f} %",
+        (1, claim),
+        (4, -4),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        color=INK,
+    )
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel("perplexity over 16-bit (%)")
+    ax.margins(y=0.15)
+    ax.legend(frameon=False)
+    return figure
+
+
+def divergences(klds: dict[str, dict]):
+    """Median, mean and 99th percentile of the divergence a token, with the noise floor; maps a scheme to a record's `kld`."""
+    figure, (ax,) = axes(height=1.2 + 0.38 * len(klds))
+    for row, kld in enumerate(klds.values()):
+        ax.plot([kld["median"], kld["p99"]], [-row, -row], color=COLOURS[4], linewidth=5, solid_capstyle="butt")
+        ax.plot(kld["mean"], -row, "o", color=COLOURS[0])
+        ax.annotate(
+            f"{kld['mean']:.3g}", (kld["mean"], -row), (0, 6), textcoords="offset points", ha="center", fontsize=9
+        )
+    floor = max(kld["noise_floor"] for kld in klds.values())
+    ax.axvline(floor, color=COLOURS[5], linestyle="--", linewidth=1.5)
+    ax.annotate(
+        "noise of 16-bit",
+        (floor, 1),
+        (4, -2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="top",
+        color=COLOURS[5],
+    )
+    ax.set_xscale("log")
+    ax.set_yticks([-row for row in range(len(klds))], list(klds))
+    ax.set_xlabel("KL divergence from 16-bit, nats a token: dot = mean, bar = median to 99th percentile")
+    ax.margins(y=0.2)
+    ax.grid(visible=False)
+    return figure
+
+
+def intervals(rows: dict[str, dict[str, tuple[float, float]]], unit: str):
+    """Perplexities with 95 % intervals, a group a label: `rows` maps a label to series → (value, standard error)."""
+    figure, (ax,) = axes(height=1.2 + 0.45 * len(rows))
+    for place, values in enumerate(rows.values()):
+        for number, (name, (value, error)) in enumerate(values.items()):
+            shift = (number - (len(values) - 1) / 2) * 0.25
+            factor = math.exp(1.96 * error / value)  # the interval of the mean loss, which is the logarithm
+            label = name if place == 0 else None
+            ax.plot([value / factor, value * factor], [-place - shift] * 2, color=COLOURS[number], linewidth=2)
+            ax.plot(value, -place - shift, "o", color=COLOURS[number], label=label)
+    ax.set_yticks([-place for place in range(len(rows))], list(rows))
+    ax.set_xscale("log")
+    ax.set_xlabel(unit)
+    ax.grid(visible=False)
+    ax.legend(frameon=False)
+    return figure
+
+
+def score_scatter(ours, theirs, labels, *, names: tuple[str, str], threshold: float):
+    """P(unsafe) of each row under two schemes, on axes of log-odds; rows in the grey quarters change their verdict."""
+    import numpy
+
+    figure, (ax,) = axes(4.8, 4.4)
+    ours, theirs = (numpy.clip(numpy.asarray(scores), 1e-6, 1 - 1e-6) for scores in (ours, theirs))
+    both = numpy.concatenate([ours, theirs, [threshold]])
+    low, high = both.min() / 2, 1 - (1 - both.max()) / 2
+    for x, y in (([low, threshold], [threshold, high]), ([threshold, high], [low, threshold])):
+        ax.fill_between(x, y[0], y[1], color="#eeeeee", zorder=0)
+    ax.set(xscale="logit", yscale="logit", xlim=(low, high), ylim=(low, high))
+    ax.plot([low, high], [low, high], color="#999999", linewidth=1)
+    for label, name, marker, colour in ((0, "safe", "o", COLOURS[0]), (1, "unsafe", "^", COLOURS[5])):
+        some = numpy.asarray(labels) == label
+        ax.plot(ours[some], theirs[some], marker, color=colour, markersize=5, alpha=0.75, label=f"labelled {name}")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_formatter("")
+    ax.set_xlabel(f"P(unsafe) in {names[0]}, log-odds scale")
+    ax.set_ylabel(f"P(unsafe) in {names[1]}, log-odds scale")
+    ax.legend(frameon=False, loc="upper left", fontsize=9)
+    return figure
+
+
+def reliability(bins: dict[str, list[dict]]):
+    """Share of unsafe rows against mean P(unsafe), a bin of scores a point; maps a scheme to `classify.reliability`'s bins."""
+    figure, (ax,) = axes(5.2, 4.2)
+    ax.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    for number, (name, found) in enumerate(bins.items()):
+        mean = [each["mean_score"] + 0.008 * number for each in found]  # beside each other, not over each other
+        share = [each["share_unsafe"] for each in found]
+        low = [max(s - each["share_low"], 0) for s, each in zip(share, found, strict=True)]
+        high = [max(each["share_high"] - s, 0) for s, each in zip(share, found, strict=True)]
+        style = {"fmt": "os^D"[number % 4], "color": COLOURS[number], "capsize": 2, "markersize": 5}
+        ax.errorbar(mean, share, yerr=[low, high], label=name, **style)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.set_xlabel("mean P(unsafe) of a bin")
+    ax.set_ylabel("share of its rows labelled unsafe")
+    ax.legend(frameon=False)
+    return figure

@@ -1,0 +1,146 @@
+"""Bytes predicted from shapes, before anything is loaded.
+
+`estimate` builds the model on PyTorch's meta device (shapes without data) from its configuration, lays the scheme's plan
+over it, and counts. The key-value cache is counted the same way: a forward pass on the meta device makes the very cache
+that generation would make, so sliding windows and grouped heads need no formula of their own.
+
+What it leaves out: activations and workspace (they depend on the attention kernel), the allocator's rounding, and the
+CUDA context. GB means 10⁹ bytes.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+from .. import schemes
+from ..schemes import BLOCK, NESTED_BLOCK
+from . import catalog, hub
+
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a model will take under a scheme.
+
+    `weights_bytes`: parameters and buffers; `state_bytes`: scales and code books; `kv_bytes`: the key-value cache of
+    `batch` sequences of `context` tokens; `read_bytes`: what one decoding step reads of weights and state.
+    """
+
+    model: str
+    scheme: str
+    parameters: int
+    weights_bytes: int
+    state_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    read_bytes: int
+    batch: int
+    context: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.state_bytes + self.kv_bytes
+
+
+def stored_bytes(shape, fmt: str) -> tuple[int, int]:
+    """(weight bytes, state bytes) of one weight of that shape (output rows first) under a format (see `schemes.bits`).
+
+    State is what bitsandbytes 0.50 keeps beside the codes: a float32 scale a block (or 8-bit scales with float32 scales
+    of their own, a 256-entry map and an offset), a 16-entry code book; for int8 a float32 scale a row. Formats of other
+    backends count as weights, scales and all, by their nominal bits: their files can hold more.
+    """
+    n = math.prod(shape)
+    if fmt in _ELEMENT_BYTES:
+        return n * _ELEMENT_BYTES[fmt], 0
+    if fmt == "int8":
+        return n, 4 * (n // shape[-1])
+    if not fmt.startswith(("nf4", "fp4")):
+        return math.ceil(n * schemes.bits(fmt) / 8), 0
+    blocks = math.ceil(n / BLOCK)
+    codebook = 16 * 4
+    if fmt.endswith("-dq"):
+        return math.ceil(n / 2), blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 256 * 4 + 4 + codebook
+    return math.ceil(n / 2), 4 * blocks + codebook
+
+
+@catalog.once
+def meta_model(row: catalog.Model, base: str = "bf16"):
+    """The model's modules with shapes and without data, built from its configuration; `base` is fp32, bf16 or fp16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(row.config())
+    if hasattr(config, "quantization_config"):  # a folder that was saved quantized: only its shapes are wanted
+        del config.quantization_config
+    # eager attention: the mask of other kinds looks at values (transformers 5.17), and here are none
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[base]
+    with torch.device("meta"), hub.explained(row):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+
+
+def estimate(model: str, scheme: str = "bf16", *, batch: int = 1, context: int = 2048) -> Estimate:
+    """Bytes of weights, quantization state and key-value cache, from shapes alone; nothing is downloaded for a catalog row.
+
+    Raises QwlibError for an unknown model or scheme.
+    """
+    row, scheme = catalog.find(model), schemes.find(scheme)
+    shapes = meta_model(row, scheme.base)
+    weights = state = read = parameters = 0
+    for part, numel, w, s in _stored(shapes, scheme):
+        parameters, weights, state = parameters + numel, weights + w, state + s
+        read += 0 if part in ("embedding", "buffers") else w + s
+    kv = batch * _cache_bytes(shapes, context)
+    per_token = _cache_bytes(shapes, 1)
+    return Estimate(row.name, scheme.name, parameters, weights, state, kv, per_token, read, batch, context)
+
+
+def breakdown(model: str, scheme: str = "bf16") -> dict[str, int]:
+    """Bytes by part: `linear layers`, `embedding`, `head`, `embedding and head` where they are one tensor, `other` (norms,
+    biases, positions, buffers), and `scales and code books` of all of them. Together they are `estimate`'s weights and state.
+
+    Raises QwlibError for an unknown model or scheme.
+    """
+    row, scheme = catalog.find(model), schemes.find(scheme)
+    names = {"linear": "linear layers", "ends": "embedding and head", "buffers": "other"}
+    parts = {}
+    for part, _, weights, state in _stored(meta_model(row, scheme.base), scheme):
+        name = names.get(part, part)
+        parts[name] = parts.get(name, 0) + weights
+        parts["scales and code books"] = parts.get("scales and code books", 0) + state
+    return parts
+
+
+def _stored(shapes, scheme):
+    """(part, elements, weight bytes, state bytes) of every parameter of a meta-device model, and of its buffers (0 elements).
+
+    Parts: linear, embedding, head, ends (embedding and head in one tensor, which comes once), other, buffers.
+    """
+    formats = schemes.plan(shapes, scheme)
+    embedding, head = shapes.get_input_embeddings(), shapes.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    for name, module in shapes.named_modules():
+        for leaf, tensor in module.named_parameters(recurse=False):
+            if module is head and tied and leaf == "weight":
+                continue
+            shape = tensor.shape if type(module).__name__ != "Conv1D" else tensor.shape[::-1]
+            fmt = formats.get(name, scheme.base) if leaf == "weight" else scheme.base
+            part = "other" if leaf != "weight" or name not in formats else "linear"
+            if module is embedding:
+                part = "ends" if tied else "embedding"
+            elif module is head:
+                part = "head"
+            yield part, tensor.numel(), *stored_bytes(shape, fmt)
+        yield "buffers", 0, sum(b.numel() * b.element_size() for b in module.buffers(recurse=False)), 0
+
+
+def _cache_bytes(shapes, tokens: int) -> int:
+    import torch
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with torch.inference_mode():
+        out = shapes(ids, use_cache=True)
+    cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
+    held = [vars(layer).values() for layer in getattr(cache, "layers", [])]
+    tensors = [t for values in held for t in values if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return sum(t.nbytes for t in tensors)

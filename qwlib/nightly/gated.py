@@ -1,0 +1,146 @@
+"""The figures of a night that are gated, each with the tolerance that its own measurement allows; `gates` says what they are for.
+
+They are read from the rows of the notebooks' records, which follow no schema of their own: what a row does not have is no figure.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from .. import schemes
+
+# not repacked_bytes: it depends on what a processor can do
+EXACT = ("weights_bytes", "state_bytes", "kv_bytes_per_token")
+PPL_FLOOR = 0.005  # of the perplexity
+KLD_FLOOR = 0.002  # nats a token
+TOP1_FLOOR = 0.01
+GUARD_FLOOR = 0.02
+GUARD = ("f1", "recall", "false_positive_rate", "average_precision", "auroc", "brier")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One gated number; `kind` is exact, paired, ratio or time, `tolerance` absolute, `less` whether less is better."""
+
+    value: float
+    kind: str
+    tolerance: float = 0.0
+    less: bool = False
+
+
+def figures(outcomes: list) -> dict[str, Figure]:
+    """The gated figures of the notebooks that passed, by name: `notebook/model/row/figure`."""
+    found = {}
+    for outcome in outcomes:
+        if outcome.status != "passed":
+            continue
+        found[f"{outcome.name}/seconds"] = Figure(outcome.seconds, "time", less=True)
+        own = rows(outcome)
+        for name, row in own.items():
+            if "failure" not in row:
+                each = _bytes(row) | _quality(row) | _guard(row) | _speed(row, own.get(_reference(name)))
+                found |= {f"{name}/{key}": figure for key, figure in each.items()}
+    return {name: figure for name, figure in found.items() if math.isfinite(figure.value)}
+
+
+def given(outcomes: list) -> dict[str, dict]:
+    """What each row was measured with: hashes of weights and text, protocol, sizes. What differs is a probable cause."""
+    found = {}
+    for outcome in outcomes:
+        for name, row in rows(outcome).items() if outcome.status == "passed" else ():
+            model = row.get("model") or outcome.record.get("model", {})
+            facts = {"weights": model.get("sha256"), "revision": model.get("revision")}
+            scored, timed = row.get("quality", {}), row.get("speed", {})
+            facts |= {
+                "text": scored.get("text_sha256"),
+                "protocol": scored.get("protocol"),
+                "tokens": scored.get("tokens"),
+            }
+            facts |= {key: timed.get(key) for key in ("engine", "batch", "prompt_tokens", "new_tokens")}
+            facts |= {"messages": row.get("guard", {}).get("n"), "file": row.get("artefact", {}).get("sha256")}
+            known = outcome.record["env"]["packages"]  # named once for all rows
+            facts |= {key: v for key, v in row.get("artefact", {}).get("tools", {}).items() if key not in known}
+            found[name] = {key: _short(value) for key, value in facts.items() if value is not None}
+    return found
+
+
+def _short(value):
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) else value
+
+
+def rows(outcome) -> dict[str, dict]:
+    """The rows of a notebook's record by name: `notebook/model/scheme`; a second row of one name has #2 at its end."""
+    record, found = outcome.record, {}
+    for row in record.get("rows", []):
+        model = row.get("model") or record.get("model", {})
+        label = row.get("scheme") or row.get("options") or "row"
+        label = label["name"] if isinstance(label, dict) else label
+        weights = "-random" if model.get("weights") == "random" else ""
+        parts = (outcome.name, model.get("name", "model") + weights, label)
+        name = "/".join(part.replace("/", "--").replace(" ", "_") for part in parts)
+        number = 1
+        while (numbered := name if number == 1 else f"{name}#{number}") in found:
+            number += 1
+        found[numbered] = row
+    return found
+
+
+def _reference(name: str) -> str:
+    return f"{name.rpartition('/')[0]}/{schemes.REFERENCE}"
+
+
+def _bytes(row: dict) -> dict[str, Figure]:
+    held = row.get("memory", {})
+    return {key: Figure(held[key], "exact") for key in EXACT if key in held}
+
+
+def _quality(row: dict) -> dict[str, Figure]:
+    scored = row.get("quality")
+    if not scored:
+        return {}
+    ppl, kld = scored["ppl"], scored.get("kld")
+    floor = PPL_FLOOR * ppl
+    if not kld:
+        return {"ppl": Figure(ppl, "paired", floor)}
+    paired = ppl * kld.get("ppl_ratio_stderr", 0.0)
+    top1_stderr = math.sqrt(kld["top1"] * (1 - kld["top1"]) / kld["tokens"])
+    return {
+        "ppl": Figure(ppl, "paired", max(floor, paired)),
+        "kld": Figure(kld["mean"], "paired", max(KLD_FLOOR, kld["stderr"])),
+        "top1": Figure(kld["top1"], "paired", max(TOP1_FLOOR, top1_stderr)),
+    }
+
+
+def _guard(row: dict) -> dict[str, Figure]:
+    """Shares of the rows that each figure is a share of: one message more or less is never a change of the guard."""
+    judged = row.get("guard", {})
+    unsafe, n = judged.get("positives", 0), judged.get("n", 0)
+    of = dict.fromkeys(GUARD, unsafe) | {"f1": unsafe / 2, "false_positive_rate": n - unsafe, "brier": n}
+    found = {}
+    for key in (key for key in GUARD if key in judged):
+        share, rows = min(max(judged[key], 0.0), 1.0), max(1, of[key])
+        stderr = math.sqrt(share * (1 - share) / rows)
+        found[key] = Figure(judged[key], "paired", max(GUARD_FLOOR, 1 / rows, stderr))
+    return found
+
+
+def _speed(row: dict, reference: dict | None) -> dict[str, Figure]:
+    timed, base = row.get("speed", {}), (reference or {}).get("speed", {})
+    found = {}
+    if "roofline_share" in timed:
+        found["roofline_share"] = Figure(timed["roofline_share"], "ratio")
+    for name, value, other, less in (
+        ("decode", timed.get("decode_tok_s"), base.get("decode_tok_s"), False),
+        ("ttft", timed.get("ttft_s", {}).get("p50"), base.get("ttft_s", {}).get("p50"), True),
+    ):
+        if value and timed is base:
+            found[{"decode": "decode_tok_s", "ttft": "ttft_s"}[name]] = Figure(value, "time", less=less)
+        elif value and other:
+            found[f"{name}_over_16_bit"] = Figure(value / other, "ratio", less=less)
+    return found
+
+
+def packages_of(outcomes: list) -> dict[str, str]:
+    """Versions, from the first record that there is; Python's among them."""
+    env = next((o.record["env"] for o in outcomes if o.record), None)
+    return {"python": env["python"]} | env["packages"] if env else {}

@@ -1,0 +1,307 @@
+"""Engines: what reads token ids and gives scores. One class for transformers' models, one for everybody else's.
+
+`Lm` asks an engine for the same few things whoever executes the model: how many words it knows and how many positions it
+has, scores of given tokens, a greedy continuation that hands every token over, and how many bytes it holds. A library with
+a model of its own (llama.cpp, ONNX Runtime, ExLlama) only has to bring a `Reader`, which reads a few more tokens of one row;
+`Stepwise` makes scores of batches and token streams out of that.
+
+What it leaves out: batches in `Stepwise`. Its libraries can answer many requests at once, each in a way of its own.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import QwlibError
+from ..machine import memory
+
+
+class NoGraph(QwlibError):
+    """A decoder can't do this model's steps, or (`once`) this request's; nothing was handed over yet."""
+
+    def __init__(self, message: str, once: bool = False):
+        super().__init__(message)
+        self.once = once
+
+
+@dataclass
+class Prefix:
+    """Token ids that stand before every row, and their keys and values where an engine kept them."""
+
+    ids: list[int]
+    kept: Any = None
+
+
+@dataclass
+class Transformers:
+    """A plain transformers model, continued by its `generate`, or by a `decoding.Decoder` where one is set.
+
+    `must`: a decoder that fails is an error; else `generate` takes over, and `why` says so. It answers, too, a request that comes
+    while the decoder is busy with another.
+    """
+
+    model: Any
+    device: Any
+    beside: Iterable = ()  # tensors of its state that no parameter or buffer tells of
+    unhook: Callable | None = None  # takes off what `arithmetic.hook` has set
+    decoder: Any = None
+    must: bool = False
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        if self.decoder is None:
+            return "transformers generate, dynamic cache"
+        return "compiled step, CUDA graph" if self.decoder.compiled else "CUDA graph, static cache"
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def longest(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def stops(self) -> list[int]:
+        """Token ids that end an answer, the one that also pads (where the model names one) first."""
+        return [i for i in (self.model.generation_config.pad_token_id, *self.ends) if i is not None]
+
+    @property
+    def ends(self) -> list[int]:
+        """Token ids that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return [i for i in (ends if isinstance(ends, list) else [ends]) if i is not None]
+
+    def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None, precise: bool = False):
+        """(batch × positions × vocabulary), or the `last` positions only, on the device and in the model's type.
+
+        `precise`: in float32, where the head is a plain linear layer.
+        """
+        import torch
+
+        if after and (after.kept is None or self._window < len(after.ids) + ids.shape[1]):
+            first = torch.tensor([after.ids]).expand(len(ids), -1)  # read again with every row
+            places = torch.cat([mask.new_ones(first.shape), mask], -1).sort(
+                dim=-1, stable=True
+            )  # pads to the left of all
+            ids, mask, after = torch.cat([first, ids], -1).gather(-1, places.indices), places.values, None
+        before, cache = len(after.ids) if after else 0, None
+        positions = before + (mask.cumsum(-1) - 1).clamp(min=0)
+        mask = torch.cat([mask.new_ones(len(mask), before), mask], -1)
+        ids, mask, positions = (part.to(self.device) for part in (ids, mask, positions))
+        wanted = {"logits_to_keep": last} if last and self.model._supports_logits_to_keep() else {}
+        with torch.inference_mode():
+            if before:
+                cache = copy.deepcopy(after.kept)  # the forward appends to it
+                cache.batch_repeat_interleave(len(ids))
+            settings = {"past_key_values": cache, "use_cache": before > 0, **wanted}
+            with _float32_head(self.model) if precise else contextlib.nullcontext():
+                scores = self.model(ids, attention_mask=mask, position_ids=positions, **settings).logits
+        return scores[:, -last:] if last else scores
+
+    def prefix(self, ids: list[int]) -> Prefix:
+        """The ids with the keys and values of one row."""
+        import torch
+
+        wanted = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        with torch.inference_mode():
+            read = self.model(torch.tensor([ids], device=self.device), use_cache=True, **wanted)
+        return Prefix(ids, getattr(read, "past_key_values", None))
+
+    @property
+    def _window(self) -> float:
+        """How many positions back a layer looks: padding between a prefix and a row would take some of them away."""
+        return getattr(self.model.config, "sliding_window", None) or float("inf")
+
+    def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
+        """(batch × new) on the host, greedy unless `sampling` (`sampling.Sampling`) says otherwise.
+
+        Raises QwlibError where a decoder that must be used can't do this model's steps.
+        """
+        if self.decoder is not None and self.decoder.lock.acquire(blocking=False):
+            lock, settings = self.decoder.lock, {"streamer": streamer, "stop_at_eos": stop_at_eos, "sampling": sampling}
+            ends, pad = self.ends, next(iter(self.stops), 0)
+            try:
+                return self.decoder.generate(ids, mask, new_tokens=new_tokens, ends=ends, pad=pad, **settings)
+            except NoGraph as error:
+                if self.must:
+                    raise QwlibError(f"{error}; decode with engine='eager'") from None
+                self.decoder, self.why = self.decoder if error.once else None, str(error)
+            finally:
+                lock.release()
+            memory.give_back()
+        return self._generate(ids, mask, new_tokens, streamer, stop_at_eos, sampling)
+
+    def _generate(self, ids, mask, new_tokens, streamer, stop_at_eos, sampling):
+        """transformers' own."""
+        import torch
+        from transformers import GenerationConfig
+
+        drawn = (
+            {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p} if sampling else {}
+        )
+        settings = GenerationConfig(
+            do_sample=bool(sampling),
+            **drawn,
+            max_new_tokens=new_tokens,
+            min_new_tokens=None if stop_at_eos else new_tokens,
+            pad_token_id=next(iter(self.stops), 0),
+            eos_token_id=self.model.generation_config.eos_token_id,
+        )
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices, enabled=bool(sampling)):
+            if sampling:
+                torch.manual_seed(sampling.seed)
+            out = self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+        return out[:, ids.shape[1] :].cpu()
+
+    @property
+    def ready_s(self) -> float | None:
+        """Seconds that the last capture of a graph took, compiling included; None where there is none."""
+        return None if self.decoder is None else self.decoder.ready_s
+
+    def forget(self) -> None:
+        """Give back what was kept of requests."""
+        if self.decoder is not None:
+            self.decoder.close()
+
+    def held(self) -> dict[str, int]:
+        """`weights_bytes` and `state_bytes`."""
+        return memory.measure(self.model, self.beside)
+
+    def read_bytes(self) -> int:
+        """What one decoding step reads."""
+        return memory.read_bytes(self.model, self.beside)
+
+    def close(self) -> None:
+        self.forget()
+        if self.unhook:
+            self.unhook()
+        self.model = self.decoder = self.unhook = None
+        self.beside = ()
+
+
+@contextlib.contextmanager
+def _float32_head(model) -> Iterator[None]:
+    """The head multiplies in float32 meanwhile, slice by slice; a quantized one stays as it is."""
+    import torch
+
+    head = model.get_output_embeddings()
+
+    def again(module, inputs, _):
+        hidden = inputs[0].float()
+        parts = [hidden @ rows.float().T for rows in module.weight.split(16_384)]
+        bias = 0 if module.bias is None else module.bias.float()
+        return torch.cat(parts, -1) + bias
+
+    plain = type(head) is torch.nn.Linear and head.weight.dtype != torch.float32
+    hook = head.register_forward_hook(again) if plain else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
+class Reader(Protocol):
+    """A model of another library, with one row of tokens in its cache."""
+
+    vocabulary: int
+    longest: int | None
+    weights_bytes: int  # of all tensors
+    read_bytes: int  # of those that one decoding step reads
+
+    def begin(self, tokens: int) -> None:
+        """Forget what was read; so many tokens will come."""
+
+    def read(self, ids: list[int], last: int):
+        """Read these tokens after those before them: scores at the `last` of them (last × vocabulary), a float tensor."""
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Stepwise:
+    """Scores and token streams out of a `Reader`; `stops` are the token ids that end an answer."""
+
+    reader: Any
+    name: str
+    stops: Iterable[int] = ()
+    why: str = "decodes in a way of its own"
+    ready_s: float | None = None  # nothing is captured
+
+    @property
+    def vocabulary(self) -> int:
+        return self.reader.vocabulary
+
+    @property
+    def longest(self) -> int | None:
+        return self.reader.longest
+
+    def prefix(self, ids: list[int]) -> Prefix:
+        """The ids alone: a reader goes forward only."""
+        return Prefix(ids)
+
+    def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None, precise: bool = False):
+        """As `Transformers.logits`, in the type that the reader gives.
+
+        A position before a row's first token, where nothing is read, scores 0 everywhere.
+        """
+        import torch
+
+        width, out = last or ids.shape[1], None
+        for number, (row, real) in enumerate(zip(ids, mask.bool(), strict=True)):
+            row, before = row[real].tolist(), after.ids if after else []
+            self.reader.begin(len(before) + len(row))
+            scores = self.reader.read(before + row, min(width, len(row)))
+            if out is None:
+                out = torch.zeros(len(ids), width, self.vocabulary, dtype=scores.dtype, device=scores.device)
+            out[number, width - len(scores) :] = scores
+        return out
+
+    def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
+        """As `Transformers.generate`, for one row, greedy.
+
+        Raises QwlibError for more.
+        """
+        import torch
+
+        if sampling:
+            raise QwlibError(f"{self.name} answers greedily here: leave out sampling")
+        if len(ids) > 1:
+            raise QwlibError(f"{self.name} answers one request at a time here: ask for a batch of 1, not {len(ids)}")
+        fresh, stops, out = ids[0][mask[0].bool()].tolist(), list(self.stops), []
+        self.reader.begin(len(fresh) + new_tokens)
+        if streamer:
+            streamer.put(ids.cpu())
+        while len(out) < new_tokens:
+            scores = self.reader.read(fresh, 1)[0]
+            if not stop_at_eos:
+                scores[stops] = -torch.inf
+            fresh = [int(scores.argmax())]
+            out += fresh
+            if streamer:
+                streamer.put(torch.tensor(fresh))
+            if stop_at_eos and fresh[0] in stops:
+                break
+        if streamer:
+            streamer.end()
+        return torch.tensor([out])
+
+    def forget(self) -> None:
+        """Nothing is kept of requests."""
+
+    def held(self) -> dict[str, int]:
+        """All of it as `weights_bytes`: a file's scales lie among its codes."""
+        return {"weights_bytes": self.reader.weights_bytes, "state_bytes": 0}
+
+    def read_bytes(self) -> int:
+        """What one decoding step reads."""
+        return self.reader.read_bytes
+
+    def close(self) -> None:
+        self.reader.close()

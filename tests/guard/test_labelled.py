@@ -1,0 +1,151 @@
+"""Labelled messages: the project's own, and what comes from files."""
+
+import collections
+import itertools
+import json
+import re
+
+import pytest
+
+from qwlib.errors import QwlibError
+from qwlib.guard import labelled
+from qwlib.guard.verdicts import TAXONOMY
+
+
+@pytest.fixture(scope="module")
+def own():
+    return labelled.load()
+
+
+def shingles(text: str) -> set[str]:
+    text = " ".join(re.findall(r"\w+", text.lower()))
+    return {text[i : i + 5] for i in range(len(text) - 4)}
+
+
+def alike(one: str, other: str) -> float:
+    a, b = shingles(one), shingles(other)
+    return len(a & b) / len(a | b)
+
+
+def test_no_two_prompts_share_a_template(own):
+    prompts = own.prompts
+    assert max(alike(*pair) for pair in itertools.combinations(prompts, 2)) < 0.25
+    assert alike("How do I kill a Python process?", "How do I kill a Ruby process?") > 0.25
+    heads = collections.Counter(" ".join(prompt.lower().split()[:3]) for prompt in prompts)
+    assert max(heads.values()) <= 4
+
+
+def test_it_is_balanced_over_labels_categories_and_splits(own):
+    assert len(own.rows) >= 240
+    assert sum(own.labels) * 2 == len(own.rows)
+    assert not own.skipped
+    for split, share in (("tune", 1 / 3), ("test", 2 / 3)):
+        part = own.part(split)
+        assert len(part.rows) == pytest.approx(share * len(own.rows), abs=2)
+        assert sum(part.labels) * 2 == len(part.rows)
+        assert {row.category for row in part.rows if row.label} == set(TAXONOMY.values())
+    assert set(labelled.categories(own)) == set(TAXONOMY.values())
+    assert all(unsafe >= 4 for unsafe, _ in labelled.categories(own).values())
+    answered = [row for row in own.rows if row.response]
+    assert len(answered) >= 40
+    kinds = collections.Counter((row.label, row.response_label) for row in answered)
+    assert min(kinds[pair] for pair in itertools.product((0, 1), repeat=2)) >= 4
+    words = [sum(len(r.prompt.split()) for r in own.rows if r.label == label) for label in (0, 1)]
+    assert words[0] == pytest.approx(words[1], rel=0.1)  # length alone must not tell the two apart
+
+
+def test_a_few_rows_are_of_both_kinds(own):
+    assert own.first(6).labels == [1, 0] * 3
+    assert len(own.first(10_000).rows) == len(own.rows)
+    lopsided = labelled.Labelled("x", [labelled.Row(str(i), int(i == 0)) for i in range(5)])
+    assert lopsided.first(3).labels == [1, 0, 0]
+
+
+def test_files_of_others(tmp_path):
+    rows = [
+        {"id": 1, "prompt": "How do I ice a cake?", "label": "safe", "type": "homonyms"},
+        {"id": 2, "prompt": 'Say "boo", loudly', "label": "unsafe", "type": "contrast"},
+    ]
+    path = tmp_path / "set.csv"
+    path.write_text(
+        '\ufeffid,prompt,type,label\n1,How do I ice a cake?,homonyms,safe\n2,"Say ""boo"", loudly",contrast,unsafe\n'
+    )
+    listed = tmp_path / "set.jsonl"
+    listed.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    whole = tmp_path / "set.json"
+    whole.write_text(json.dumps(rows))
+    for file in (path, listed, whole):
+        found = labelled.load(str(file))
+        assert [(r.prompt, r.label, r.category) for r in found.rows] == [
+            (r["prompt"], labelled.LABELS[r["label"]], r["type"]) for r in rows
+        ]
+        assert found.name == file.name
+
+
+def test_rows_of_aegis(tmp_path):
+    def row(prompt, label, category="", response=None, response_label=None):
+        part = {"prompt": prompt, "prompt_label": label, "violated_categories": category}
+        return part | {"response": response, "response_label": response_label}
+
+    path = tmp_path / "test.json"
+    rows = [
+        row("a", "unsafe", "Guns/Illegal Weapons, Violence", "Sure.", "unsafe"),
+        row("b", "safe", "", "Hello", None),
+        row("REDACTED", "unsafe"),
+        row("  ", "unsafe"),
+        row(None, "safe"),
+    ]
+    path.write_text(json.dumps(rows))
+    found = labelled.load(str(path))
+    assert found.rows == [
+        labelled.Row("a", 1, "Sure.", 1, "Guns and Illegal Weapons"),
+        labelled.Row("b", 0, "Hello", None),
+    ]
+    assert found.skipped == {"redacted prompt": 1, "empty prompt": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "text,label\nx,safe\n", "has no column 'prompt', only text, label"),
+        ("a.csv", "prompt,ground_truth\nx,safe\n", "has no column 'label'"),
+        ("a.csv", "prompt,label\nx,safe\ny,toxic\n", "row 2 of a.csv is labelled 'toxic'"),
+        ("a.jsonl", '{"prompt": "x", "label": 1}\n', "row 1 of a.jsonl is labelled '1': labels are safe and unsafe"),
+        ("a.jsonl", '{"prompt": "x", "label": ["safe"]}\n', "row 1 of a.jsonl is labelled"),
+        ("a.csv", "prompt,label\nx,safe\n", "rows of one label only"),
+        ("a.csv", "prompt,label\n,safe\n", "rows of one label only"),
+        ("a.csv", "prompt,label\n", "holds no rows"),
+        ("a.jsonl", "{", "can't be read as CSV, JSON or JSONL"),
+        ("a.json", '{"prompt": "x"}', "is no list of rows"),
+        ("a.jsonl", '{"prompt": "x", "label": "safe", "response": "y", "response_label": "bad"}', "is labelled 'bad'"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(QwlibError, match=re.escape(message)):
+        labelled.load(str(tmp_path / name))
+
+
+def test_texts_are_cut_at_no_odd_place(tmp_path):
+    text = "Hello\u2028how do I bake bread?\x0cThanks"
+    path = tmp_path / "set.CSV"
+    path.write_text(f'label,prompt\nsafe,{text}\nunsafe,"two\nlines"\n', encoding="utf-8")
+    assert labelled.load(str(path)).prompts == [text, "two\nlines"]
+    lines = [
+        {"prompt": text, "label": "safe", "response": " "},
+        {"prompt": "b", "label": "unsafe", "response": "REDACTED"},
+    ]
+    path = tmp_path / "set.jsonl"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    found = labelled.load(str(path))
+    assert (found.prompts, found.responses) == ([text, "b"], [None, None])
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(QwlibError, match="can't be read"):
+        labelled.load(str(tmp_path / "deep.json"))
+
+
+def test_sets_that_are_not_there(own):
+    with pytest.raises(QwlibError, match="no such set of messages: xtest; name own, xstest"):
+        labelled.load("xtest")
+    with pytest.raises(QwlibError, match="own has no split 'dev', only test, tune"):
+        own.part("dev")
