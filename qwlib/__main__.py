@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -100,6 +101,7 @@ def estimate(
     """Predict memory from shapes alone; nothing is loaded."""
     from .models import estimates
 
+    gc.disable()  # while transformers imports thousands of modules, collections take half a second and find nothing
     row, rows = _named(first, model), []
     for each in [schemes.find(name) for name in [*(more or []), *(scheme or [])] or schemes.SCHEMES]:
         e = estimates.estimate(row, each, batch=batch, context=context)
@@ -356,6 +358,8 @@ def main() -> None:
     except QwlibError as error:
         print(f"qwlib: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        gc.freeze()  # nothing is left to collect but the modules, which took a second and more at the end
 
 
 if __name__ == "__main__":

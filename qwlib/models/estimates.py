@@ -90,8 +90,8 @@ def estimate(model: str, scheme: str = "bf16", *, batch: int = 1, context: int =
     for part, numel, w, s in _stored(shapes, scheme):
         parameters, weights, state = parameters + numel, weights + w, state + s
         read += 0 if part in ("embedding", "buffers") else w + s
-    kv = batch * _cache_bytes(shapes, context)
-    per_token = _cache_bytes(shapes, 1)
+    kv = batch * _cache_bytes(row, scheme.base, context)
+    per_token = _cache_bytes(row, scheme.base, 1)
     return Estimate(row.name, scheme.name, parameters, weights, state, kv, per_token, read, batch, context)
 
 
@@ -134,12 +134,13 @@ def _stored(shapes, scheme):
         yield "buffers", 0, sum(b.numel() * b.element_size() for b in module.buffers(recurse=False)), 0
 
 
-def _cache_bytes(shapes, tokens: int) -> int:
+@catalog.once
+def _cache_bytes(row: catalog.Model, base: str, tokens: int) -> int:
     import torch
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     with torch.inference_mode():
-        out = shapes(ids, use_cache=True)
+        out = meta_model(row, base)(ids, use_cache=True)
     cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
     held = [vars(layer).values() for layer in getattr(cache, "layers", [])]
     tensors = [t for values in held for t in values if isinstance(t, torch.Tensor) and t.is_floating_point()]
