@@ -100,13 +100,10 @@ def test_bench_on_random_weights_needs_no_download(tmp_path):
     assert "failed" not in done.stdout
 
 
-def test_run_ends_with_an_error_if_a_notebook_failed(tmp_path):
+def test_run_ends_with_an_error_if_a_notebook_failed(tmp_path, record_cell):
     import nbformat
 
-    good = """from pathlib import Path
-from qwlib import record
-record.write(record.new("notebook"), Path(OUT) / "record.json")"""
-    for name, body in (("good", good), ("bad", "1 / 0")):
+    for name, body in (("good", record_cell), ("bad", "1 / 0")):
         first = nbformat.v4.new_code_cell('OUT: str = ""  # folder', metadata={"tags": ["parameters"]})
         cells = [first, nbformat.v4.new_code_cell(body)]
         metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import QwlibError
-from ..running.engines import Stepwise
+from ..running.stepwise import Stepwise
 from . import hf
 
 BITS = 4.0

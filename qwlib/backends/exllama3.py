@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import QwlibError
-from ..running.engines import Stepwise
+from ..running.stepwise import Stepwise
 from . import hf
 from .exllama2 import HEAD_BITS, ROOM, copy_weights, stored_bytes, view
 

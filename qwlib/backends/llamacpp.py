@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import schemes
 from ..errors import QwlibError
-from ..running.engines import Stepwise
+from ..running.stepwise import Stepwise
 from . import hf
 
 FILE = "model.gguf"

@@ -7,7 +7,7 @@ given can be read after each call, so one generator gives both token streams and
 import tempfile
 from pathlib import Path
 
-from ..running.engines import Stepwise
+from ..running.stepwise import Stepwise
 from . import hf
 
 

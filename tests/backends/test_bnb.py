@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlib
-from qwlib.backends import bnb, hf
+from qwlib.backends import bnb, bnb_ends, hf
 from qwlib.models import estimates
 
 
@@ -60,7 +60,7 @@ def relative(a, b) -> float:
 def test_rows_follow_the_definition_for_any_shape(rows, columns, double, quant_type):
     _, stored = stored_whole(rows, columns, double=double, quant_type=quant_type)
     ids = torch.randint(0, rows, (3, 5))
-    assert torch.equal(bnb.dequantize_rows(stored.data, stored.quant_state, ids), by_definition(stored)[ids])
+    assert torch.equal(bnb_ends.dequantize_rows(stored.data, stored.quant_state, ids), by_definition(stored)[ids])
 
 
 def test_bitsandbytes_own_embedding_is_wrong_with_double_quantization():
@@ -68,7 +68,7 @@ def test_bitsandbytes_own_embedding_is_wrong_with_double_quantization():
     theirs = bitsandbytes.nn.Embedding4bit(2048, 128, dtype=torch.bfloat16)
     theirs.weight = stored
     ids = torch.randint(0, 2048, (64,), generator=torch.Generator().manual_seed(1))
-    ours = bnb.StoredEmbedding(stored, torch.bfloat16)(ids)
+    ours = bnb_ends.StoredEmbedding(stored, torch.bfloat16)(ids)
     table = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
     assert torch.equal(ours, table[ids])
     assert relative(ours, weight[ids]) < 0.12
@@ -121,7 +121,7 @@ def test_one_tensor_under_two_names_is_stored_once(fmt, one):
     table = model.get_input_embeddings().weight
     model.get_output_embeddings().weight = torch.nn.Parameter(table.data if one else table.data.clone())
     assert model.get_output_embeddings().weight is not table
-    bnb.store_ends(model, fmt, fmt, torch.bfloat16, torch.device("cpu"))
+    bnb_ends.store_ends(model, fmt, fmt, torch.bfloat16, torch.device("cpu"))
     assert (_storage(model.get_input_embeddings()) == _storage(model.get_output_embeddings())) is one
 
 
@@ -144,8 +144,8 @@ def test_a_weight_quantized_in_slices_is_the_one_quantized_whole(rows, columns, 
     if fmt == "int8":
         whole = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bnb, "SLICE", 1 << 10)
-        stored = bnb.store(weight, fmt, torch.device("cpu"))
+        patch.setattr(bnb_ends, "SLICE", 1 << 10)
+        stored = bnb_ends.store(weight, fmt, torch.device("cpu"))
     assert torch.equal(stored.data, whole.data)
     if fmt == "int8":
         assert torch.equal(stored.SCB, whole.SCB)
@@ -160,10 +160,10 @@ def test_an_8bit_head_is_its_codes_times_their_steps():
     weight = stored_whole(700, 96, double=False)[0]
     x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     bias = torch.nn.Parameter(torch.arange(700, dtype=torch.bfloat16))
-    stored = bnb.store(weight, "int8", torch.device("cpu"))
+    stored = bnb_ends.store(weight, "int8", torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(bnb, "SLICE", 1 << 10)
-        plain, biased = bnb.StoredHead(stored, None)(x), bnb.StoredHead(stored, bias)(x)
+        patch.setattr(bnb_ends, "SLICE", 1 << 10)
+        plain, biased = bnb_ends.StoredHead(stored, None)(x), bnb_ends.StoredHead(stored, bias)(x)
     steps = weight.float().abs().amax(-1, keepdim=True) / 127
     wanted = x.float() @ (stored.data * steps).T
     assert plain.dtype == torch.bfloat16

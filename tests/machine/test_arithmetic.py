@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
 import qwlib
-from qwlib.backends import bnb
+from qwlib.backends import bnb, bnb_ends
 from qwlib.errors import QwlibError
 from qwlib.machine import arithmetic, memory, processor
 from qwlib.models import estimates
@@ -163,7 +163,7 @@ def test_4_bit_layers_are_dequantized_to_float32(single, products, few, monkeypa
             got = layer(x)
         state = copy.copy(layer.weight.quant_state)
         state.dtype = torch.float32
-        weight = bnb.dequantize_rows(layer.weight.data, state, torch.arange(layer.out_features))
+        weight = bnb_ends.dequantize_rows(layer.weight.data, state, torch.arange(layer.out_features))
         wanted = exact(x, weight)
         assert got.dtype is torch.bfloat16
         allowed = torch.finfo(torch.bfloat16).eps / 2 * wanted.abs() + 1e-5

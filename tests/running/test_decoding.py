@@ -8,9 +8,10 @@ import qwlib
 from qwlib.errors import QwlibError
 from qwlib.measuring import worker
 from qwlib.running.decoding import ROUND, Decoder, changing
-from qwlib.running.engines import Stepwise, Transformers
+from qwlib.running.engines import Transformers
 from qwlib.running.lm import Lm
 from qwlib.running.sampling import Sampling
+from qwlib.running.stepwise import Stepwise
 
 SIZES = {
     "hidden_size": 64,

@@ -7,8 +7,8 @@ import qwlib
 from qwlib.errors import QwlibError
 from qwlib.running import lm as lms
 from qwlib.running import streaming
-from qwlib.running.engines import Stepwise
 from qwlib.running.lm import Lm
+from qwlib.running.stepwise import Stepwise
 
 
 class CachedReader:
