@@ -100,7 +100,7 @@ def test_usual_shapes_are_left_to_bitsandbytes():
 def test_a_tied_embedding_survives_the_heads_first_forward(scheme, repacks):
     with qwlib.load("smollm2-135m", scheme) as lm:
         embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
-        ids = torch.randint(0, lm.vocabulary, (2, 40))
+        ids = torch.randint(0, lm.vocabulary, (2, 40), device=lm.device)
         one_storage = _storage(embedding) == _storage(head)
         before = embedding(ids)
         first, second = lm.logits(ids), lm.logits(ids)

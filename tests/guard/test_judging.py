@@ -40,7 +40,7 @@ def by_hand(judge, prompt: str, *begun: str):
     tokens = judge.lm.tokenizer
     ids = [i for text in (judge.render(prompt), *begun) for i in tokens(text, add_special_tokens=False).input_ids]
     with torch.inference_mode():
-        p = judge.lm.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        p = judge.lm.model(torch.tensor([ids], device=judge.lm.device)).logits[0, -1].softmax(-1)
     return tuple(p[tokens(word).input_ids[0]].item() for word in ("safe", "unsafe"))
 
 

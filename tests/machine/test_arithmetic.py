@@ -134,7 +134,10 @@ def test_scores_are_those_of_16_bit_products_but_for_rounding(single, lm, monkey
     with qwlib.load("smollm2-135m", "bf16", device="cpu") as slow:
         got = slow.logits(ids).double().log_softmax(-1)
     monkeypatch.undo()
-    with qwlib.load("smollm2-135m", "fp32", device="cpu") as whole, qwlib.load("smollm2-135m", "nf4") as four:
+    with (
+        qwlib.load("smollm2-135m", "fp32", device="cpu") as whole,
+        qwlib.load("smollm2-135m", "nf4", device="cpu") as four,
+    ):
         wanted, other = (each.logits(ids).double().log_softmax(-1) for each in (whole, four))
     kld = (wanted.exp() * (wanted - got)).sum(-1).mean().item()
     assert kld < 2e-3
