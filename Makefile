@@ -28,13 +28,13 @@ nightly: $(READY) ## every notebook at nightly size, each figure held to its bas
 	@$(PY) -m qwlib nightly
 
 test: $(READY) ## the fast tests, on every core: 10 minutes on two
-	$(PY) -m pytest -q $(PARALLEL)
+	$(PY) -m pytest -q --durations 20 $(PARALLEL)
 
 backends: $(READY) ## a second environment: llama.cpp, GPTQ, AutoRound, ONNX Runtime, HQQ, torchao
 	@$(PY) -m qwlib backends --install
 
 test-all: test backends ## the slow tests too, every backend that runs on a CPU among them
-	$(PY) -m pytest -q -m "slow and not hub"
+	$(PY) -m pytest -q --durations 20 -m "slow and not hub"
 
 bench: backends ## time what is claimed to be fast beside what it is compared with
 	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done

@@ -101,10 +101,14 @@ def estimate(
     """Predict memory from shapes alone; nothing is loaded."""
     from .models import estimates
 
-    gc.disable()  # while transformers imports thousands of modules, collections take half a second and find nothing
     row, rows = _named(first, model), []
-    for each in [schemes.find(name) for name in [*(more or []), *(scheme or [])] or schemes.SCHEMES]:
-        e = estimates.estimate(row, each, batch=batch, context=context)
+    wanted = [schemes.find(name) for name in [*(more or []), *(scheme or [])] or schemes.SCHEMES]
+    gc.disable()  # while transformers imports thousands of modules, collections take half a second and find nothing
+    try:
+        found = [estimates.estimate(row, each, batch=batch, context=context) for each in wanted]
+    finally:
+        gc.enable()
+    for e in found:
         parts = (e.weights_bytes, e.state_bytes, e.kv_bytes, e.total_bytes)
         rows.append([e.scheme, *(f"{part / 1e9:.3f}" for part in parts)])
     title = (

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from qwlib import __main__ as main
 from qwlib import schemes
@@ -31,9 +32,38 @@ def test_lists_hold_every_row():
 
 
 def test_estimate_prints_gigabytes():
-    done = cli("estimate", "--model", "llama-3.1-8b", "--scheme", "nf4-dq")
+    done = cli("estimate", "llama-3.1-8b", "nf4-dq")
     assert "5.592" in done.stdout
     assert "8.030 billion" in done.stdout
+    options = ["estimate", "--model", "llama-3.1-8b", "--scheme", "nf4-dq"]
+    assert CliRunner().invoke(main.app, options).stdout == done.stdout
+
+
+def test_a_model_is_named_in_front_or_by_its_option():
+    assert main._named(None, None).name == catalog.EMBEDDED
+    assert main._named("opt-350m", None).name == main._named(None, "opt-350m").name == "opt-350m"
+    assert main._named("opt-350m", "opt-350m").name == "opt-350m"
+    with pytest.raises(QwlibError, match="two models are named, opt-350m and phi-3-mini"):
+        main._named("opt-350m", "phi-3-mini")
+    with pytest.raises(QwlibError, match="nf4-dq is a scheme: name the model before it, such as smollm2-135m nf4-dq"):
+        main._named("nf4-dq", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize"], "name a scheme after the model, such as smollm2-135m nf4-dq"),
+        (["quantize", "opt-350m"], "such as opt-350m nf4-dq"),
+        (["quantize", "opt-350m", "nf4", "--scheme", "fp4"], "two schemes are named, nf4 and fp4"),
+        (["quantize", "opt-350m", "nf5"], "unknown scheme 'nf5'"),
+        (["merge", "opt-350m"], "opt-350m has no adapter to merge"),
+        (["bench", "opt-350m", "nf4", "nf5"], "unknown scheme 'nf5'"),
+        (["estimate", "opt-350m", "nf4", "nf5"], "unknown scheme 'nf5'"),
+    ],
+)
+def test_what_is_named_by_position_is_checked(arguments, message):
+    with pytest.raises(QwlibError, match=message):
+        main.app(arguments, standalone_mode=False)
 
 
 @pytest.mark.parametrize(
