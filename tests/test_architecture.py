@@ -119,6 +119,29 @@ def test_a_planted_circle_is_rejected(imports):
     assert set(circle(planted)) == {"models/hub.py", "models/catalog.py"}
 
 
+def in_strings(text: str) -> list[str]:
+    """What `from qwlib… import …` names anywhere in a text and the package has not: programs in strings and cells too."""
+    missing = []
+    for module, names in re.findall(r"from (qwlib[\w.]*) import \(?([\w, ]+)", text):
+        folder = "/".join(module.split(".")[1:])
+        file = FILES.get(f"{folder}.py") or FILES.get(f"{folder}/__init__.py".lstrip("/"))
+        inside = file.read_text(encoding="utf-8") if file else ""
+        for name in re.findall(r"(\w+)(?: as \w+)?", names):
+            below = f"{folder}/{name}".lstrip("/")
+            if not {f"{below}.py", f"{below}/__init__.py"} & set(FILES) and not re.search(rf"\b{name}\b", inside):
+                missing.append(f"{module}: {name}")
+    return missing
+
+
+def test_programs_in_strings_import_what_is_there():
+    folders = [ROOT / name for name in ("tests", "benchmarks", "docs", "notebooks", ".github")]
+    texts = [ROOT / "README.md", *(path for folder in folders for path in folder.rglob("*.*") if path.is_file())]
+    texts = [path for path in texts if path.suffix in (".py", ".ipynb", ".md", ".yml") and path != Path(__file__)]
+    assert [name for path in texts for name in in_strings(path.read_text("utf-8"))] == []
+    assert in_strings("from qwlib.remote import Remote") == ["qwlib.remote: Remote"]
+    assert in_strings('run("from qwlib.loading.load import load, lode")') == ["qwlib.loading.load: lode"]
+
+
 def test_it_can_be_drawn_on_a_napkin():
     assert len(list((ROOT / "qwlib").glob("*.py"))) <= 8
     assert len([path for path in (ROOT / "qwlib").iterdir() if (path / "__init__.py").is_file()]) <= 11

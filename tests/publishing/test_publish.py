@@ -622,7 +622,7 @@ def test_scores_may_differ_by_their_own_noise_only():
 SENDS = """
 import sys, pathlib
 from qwlib import artefacts, card, publish
-from qwlib.remote import Remote
+from qwlib.publishing.remote import Remote
 folder, repository = pathlib.Path(sys.argv[1]), sys.argv[2]
 manifest = publish.check(folder)
 remote = Remote(repository, None)
