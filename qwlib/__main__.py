@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 from . import schemes
 from .backends import BACKENDS, environment
 from .errors import QwlibError
+from .machine import processes
 from .measuring import compare
 from .models import catalog
 
@@ -103,11 +103,8 @@ def estimate(
 
     row, rows = _named(first, model), []
     wanted = [schemes.find(name) for name in [*(more or []), *(scheme or [])] or schemes.SCHEMES]
-    gc.disable()  # while transformers imports thousands of modules, collections take half a second and find nothing
-    try:
+    with processes.importing():
         found = [estimates.estimate(row, each, batch=batch, context=context) for each in wanted]
-    finally:
-        gc.enable()
     for e in found:
         parts = (e.weights_bytes, e.state_bytes, e.kv_bytes, e.total_bytes)
         rows.append([e.scheme, *(f"{part / 1e9:.3f}" for part in parts)])
@@ -357,13 +354,12 @@ def links() -> None:
 def main() -> None:
     """The command line with a user's mistakes told in one line."""
     sys.stdout.reconfigure(errors="backslashreplace")  # whatever a model wrote can be printed
-    try:
-        app()
-    except QwlibError as error:
-        print(f"qwlib: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        gc.freeze()  # nothing is left to collect but the modules, which took a second and more at the end
+    with processes.whole_process():
+        try:
+            app()
+        except QwlibError as error:
+            print(f"qwlib: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Files written whole or not at all, and the one folder where unpacked checkpoints are kept.
+"""Files written whole or not at all, what a JSON file has to hold, and the one folder where unpacked checkpoints are kept.
 
 A reader never sees half a file: everything is written under a temporary name beside its target, flushed to the disk,
 and renamed. A rename within one folder is atomic on POSIX systems (IEEE 1003.1, `rename`) and on Windows (`os.replace`).
 """
 
 import contextlib
+import functools
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -29,6 +31,25 @@ def sha256(path: Path) -> str:
 def sha256_text(text: str) -> str:
     """Hex SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def misfit(value, schema: dict) -> str | None:
+    """The first place where what a JSON file held does not follow a JSON Schema (draft 7), in one line; None where it does."""
+    import fastjsonschema
+
+    try:
+        _validator(json.dumps(schema))(value)
+    except fastjsonschema.JsonSchemaValueException as error:
+        place = ".".join(map(str, error.path[1:])) or "the top level"
+        return f"{place}: {error.message.removeprefix(error.name).strip()[:200]}"
+    return None
+
+
+@functools.cache
+def _validator(schema: str):
+    import fastjsonschema
+
+    return fastjsonschema.compile(json.loads(schema))
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -11,6 +11,14 @@ def test_text_is_written_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
+def test_what_does_not_follow_a_schema_is_named():
+    schema = {"properties": {"a": {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}}}
+    assert files.misfit({"a": {"b": 1}}, schema) is None
+    assert files.misfit({"a": {"b": 1.5}}, schema) == "a.b: must be integer"
+    assert files.misfit({"a": {"b": True}}, schema) == "a.b: must be integer"
+    assert "a: must contain ['b']" in files.misfit({"a": {}}, schema)
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = files.write_text(tmp_path / "a.txt", "old")
 

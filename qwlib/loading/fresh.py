@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import schemes
 from ..backends import environment
 from ..errors import QwlibError
-from ..machine.processes import last_word
+from ..machine.processes import importing, last_word, whole_process
 from .load import load
 
 
@@ -40,14 +40,16 @@ def logits(model, scheme: str, ids, *, device: str | None = None, timeout: float
 
 
 def main() -> None:
-    from safetensors.torch import load_file, save_file
+    with importing():
+        from safetensors.torch import load_file, save_file
 
     file, model, scheme, device = sys.argv[1:]
-    try:
-        with load(model, scheme, device=device or None) as lm:
-            save_file({"logits": lm.logits(load_file(file)["ids"]).cpu().contiguous()}, file)
-    except QwlibError as error:
-        sys.exit(str(error))
+    with whole_process():
+        try:
+            with load(model, scheme, device=device or None) as lm:
+                save_file({"logits": lm.logits(load_file(file)["ids"]).cpu().contiguous()}, file)
+        except QwlibError as error:
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import schemes
 from ..backends import BACKENDS
 from ..errors import QwlibError
-from ..machine import devices, memory
+from ..machine import devices, memory, processes
 from ..models import artefacts, catalog, checkpoints, estimates, hub, random_weights
 from ..running.lm import Lm
 
@@ -43,6 +43,8 @@ def load(
     """
     if weights not in ("trained", "random"):
         raise QwlibError(f"weights must be 'trained' or 'random', not {weights!r}")
+    with processes.importing():
+        import transformers.modeling_utils  # noqa: F401 what everything below needs, torch among it
     row = catalog.find(model)
     here = weights == "trained" and row.source is not None and Path(row.source).is_dir()
     manifest = checkpoints.verified(row) if here else None
@@ -98,7 +100,8 @@ def _check_room(row: catalog.Model, scheme: schemes.Scheme, device) -> None:
 
 def _fill_metered(lm: Lm, source: str) -> None:
     began = time.perf_counter()
-    backend = BACKENDS[lm.scheme.backend].load_module()  # imported now, so that its memory is not the model's
+    with processes.importing():
+        backend = BACKENDS[lm.scheme.backend].load_module()  # imported now, so that its memory is not the model's
     lm.import_s = time.perf_counter() - began
     memory.give_back()
     before = memory.used_bytes(lm.device)

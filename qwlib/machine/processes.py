@@ -1,4 +1,4 @@
-"""Processes that qwlib starts: how their threads wait, and why one ended.
+"""Processes that qwlib starts: how their threads wait, how they begin and end, and why one ended.
 
 PyTorch's products on a CPU are loops of OpenMP, and a thread that is done early spins until the next loop begins. GNU's OpenMP
 spins for 300,000 rounds: on an idle machine that costs nothing, but where other work wants the cores, each
@@ -9,8 +9,11 @@ Measured by benchmarks/neighbour.py; the figures are in docs/measured.md.
 Source: GCC's manual of libgomp, environment variables OMP_WAIT_POLICY and GOMP_SPINCOUNT.
 """
 
+import contextlib
+import gc
 import os
 import signal
+import sys
 
 SPINS = 5000
 
@@ -19,6 +22,47 @@ def environment() -> dict[str, str]:
     """The environment for a process that multiplies: this one's, with `SPINS` where nobody has chosen how threads wait."""
     chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     return dict(os.environ) | ({} if chosen else {"GOMP_SPINCOUNT": str(SPINS)})
+
+
+@contextlib.contextmanager
+def importing():
+    """While modules are imported, nothing is collected: torch and transformers make 400,000 objects that stay.
+
+    Python goes through them again and again meanwhile and finds nothing: 1 second of 4 (two cores of an AMD EPYC, AVX512-BF16).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def without(name: str):
+    """While modules are imported, the package of that name counts as not installed: for what is optional and slow.
+
+    jsonschema builds a grammar of internationalized addresses as it is imported, if `rfc3987_syntax` is there (JupyterLab brings
+    it): 1.2 of the 2 seconds that papermill and nbconvert take to be imported, for a check that notebooks have no use for.
+    """
+    hidden = name not in sys.modules
+    if hidden:
+        sys.modules[name] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def whole_process():
+    """Around all that a process of qwlib's own does: at its end only modules are left to collect, which takes a second."""
+    try:
+        yield
+    finally:
+        gc.freeze()
 
 
 def last_word(code: int, stderr: str) -> str | None:

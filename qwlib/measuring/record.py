@@ -164,12 +164,8 @@ def validate(record: dict, where: str = "record") -> dict:
 
     Raises QwlibError that names the first place where it does not.
     """
-    import jsonschema
-
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(RECORD).iter_errors(record))
-    if error:
-        place = ".".join(str(part) for part in error.absolute_path) or "the top level"
-        raise QwlibError(f"{where} is not a valid record: {place}: {error.message[:200]}")
+    if why := files.misfit(record, RECORD):
+        raise QwlibError(f"{where} is not a valid record: {why}")
     if bad := next(_unmeasured(record), None):
         raise QwlibError(f"{where} is not a valid record: {bad} (leave out what was not measured)")
     return record

@@ -65,7 +65,8 @@ def run(job: dict) -> dict:
     held = checkpoints.manifest(row)
     if wanted and held and "calibration" in held:
         calibration.check(held["calibration"], wanted["text"])
-    estimate = estimates.estimate(row, scheme)
+    with processes.importing():
+        estimate = estimates.estimate(row, scheme)
     shape = {key: job[key] for key in ("batch", "prompt_tokens", "new_tokens")}
     with load(row, scheme, weights=job["weights"], engine=job["engine"]) as lm:
         speed = timing.measure_speed(lm, **shape, runs=job["runs"], warmup=job["warmup"])
@@ -171,15 +172,16 @@ def fail(job: dict, scheme: schemes.Scheme, reason: str, path: Path, *, skipped:
 
 def main() -> None:
     job, path = sys.argv[1:]
-    try:
-        record.write(run(json.loads(Path(job).read_text())), Path(path))
-    except QwlibError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:  # the reason of a row is one line; the whole trace comes before it
-        traceback.print_exc()
-        print(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", file=sys.stderr)
-        sys.exit(1)
+    with processes.whole_process():
+        try:
+            record.write(run(json.loads(Path(job).read_text())), Path(path))
+        except QwlibError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        except Exception as error:  # the reason of a row is one line; the whole trace comes before it
+            traceback.print_exc()
+            print(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", file=sys.stderr)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,11 @@ def source(row: catalog.Model) -> dict[str, str]:
     A folder that `merging.merge` wrote is made from what was merged.
     """
     if row.adapter:
-        return source(catalog.base(row)) | {"name": row.name, "adapter": adapters.version(row)}
+        under = source(catalog.base(row))
+        _, plus, over = row.name.rpartition(
+            "+"
+        )  # a base that is a folder is called by its name: a path may name a person
+        return under | {"name": f"{under['name']}+{over}" if plus else row.name, "adapter": adapters.version(row)}
     if row.source is None:
         return {"name": row.name, "sha256": embedded.sha256(row.name)}
     folder = Path(row.source)

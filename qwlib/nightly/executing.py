@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 from .. import files
+from ..machine.processes import without
 
 MARK = "QWLIB_RUN"  # in the environment of every process of one notebook: what runs under it can be found, and ended
 _STRICT = "from qwlib.nightly import executing; executing.strict()"
@@ -66,8 +67,9 @@ def end(mark: str) -> None:
 
 def execute(notebook: Path, executed: Path, parameters: dict) -> dict:
     """Execute `notebook` into the file `executed`; how that ended, as `status, category, reason, exception`."""
-    import nbclient.exceptions
-    import papermill
+    with without("rfc3987_syntax"):
+        import nbclient.exceptions
+        import papermill
 
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else each kernel prints a warning about frozen modules
     try:

@@ -12,6 +12,7 @@ import math
 import os
 from pathlib import Path
 
+from .. import files
 from . import gates
 
 SCHEMA = 1
@@ -59,8 +60,6 @@ def _ends_a_line(path: Path) -> bool:
 
 def read(path: Path, *, size: str) -> tuple[list[dict], list[str]]:
     """(the nights of this size, oldest first; a line for a reader on each line that is damaged)."""
-    import jsonschema
-
     nights, damaged = {}, []
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -71,12 +70,12 @@ def read(path: Path, *, size: str) -> tuple[list[dict], list[str]]:
             continue
         try:
             night = json.loads(line)
-            jsonschema.validate(night, NIGHT)
+            if why := files.misfit(night, NIGHT):
+                raise ValueError(why)
             if not all(map(math.isfinite, night["figures"].values())):
                 raise ValueError("a figure that is no number")
-        except (ValueError, jsonschema.ValidationError) as error:
-            why = getattr(error, "message", str(error))[:100]
-            damaged.append(f"{Path(path).name}, line {number} is skipped: {why}")
+        except ValueError as error:
+            damaged.append(f"{Path(path).name}, line {number} is skipped: {str(error)[:100]}")
             continue
         if night["size"] == size:
             before = nights.get(night["night"], {})

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from .. import files
+from ..machine.processes import without
 
 TAGS = "p h1 h2 h3 h4 table thead tbody tr th td pre span div details summary hr br"
 MATH = "math mrow mi mo mn msub msup msubsup mfrac msqrt mtext mspace munder mover munderover mstyle mtable mtr mtd"
@@ -42,7 +43,8 @@ def write(executed: Path | None) -> str:
     """Write the page beside an executed notebook, if it is not there; its name, or nothing where there is no copy."""
     if not cells(executed):
         return ""
-    from nbconvert import HTMLExporter
+    with without("rfc3987_syntax"):
+        from nbconvert import HTMLExporter
     from traitlets.config import Config
 
     page = executed.with_suffix(".html")

@@ -20,6 +20,7 @@ from pathlib import Path
 from .. import schemes
 from ..errors import QwlibError
 from ..loading import fresh
+from ..machine import devices
 from ..models import artefacts, catalog, checkpoints, hub, random_weights
 from ..running.lm import Lm
 from . import card, licences
@@ -78,16 +79,23 @@ def publish(
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise QwlibError(f"{repo_id!r} is no repository: name it as OWNER/NAME")
+    wanted = {"private": private, "dry_run": dry_run, "token": token, "records": records}
     if isinstance(artefact, Lm):
-        with saved(artefact) as folder:
-            return publish(folder, repo_id, private=private, dry_run=dry_run, token=token, records=records)
-    folder = Path(artefact).expanduser()
+        with saved(artefact) as (folder, said):
+            return _publish(folder, repo_id, said, **wanted)
+    return _publish(Path(artefact).expanduser(), repo_id, None, **wanted)
+
+
+def _publish(
+    folder: Path, repo_id: str, said, *, private: bool, dry_run: bool, token: str | None, records
+) -> Published:
+    """`publish` for a folder; `said` are its scores in a fresh process where they are known."""
     manifest = check(folder)
     warnings = licence(folder, manifest, repo_id, private)
     if random_weights.is_random(catalog.find(str(folder))):
         warnings.append("its weights are random: it measures, and says nothing")
     ids = probe(manifest)
-    said = fresh.logits(folder, manifest["scheme"], ids)
+    said = fresh.logits(folder, manifest["scheme"], ids) if said is None else said
     if not said.isfinite().all():
         raise QwlibError(f"{folder.name} gives scores that are no numbers: quantize again")
     remote = Remote(repo_id, token)
@@ -140,13 +148,14 @@ def words(repo_id: str, own: str, token: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def saved(lm: Lm) -> Iterator[Path]:
+def saved(lm: Lm) -> Iterator[tuple[Path, object]]:
     """A loaded model as an artefact: where it lies, or in a folder for the time being. What it says is compared.
 
+    The folder, and its scores on `probe` in a fresh process, None where they were not asked for on the device that `load` picks.
     Raises QwlibError where it can't be saved, or its files say something else than it does.
     """
     if lm.saved:
-        yield Path(lm.row.source)
+        yield Path(lm.row.source), None
         return
     if lm.weights != "trained":
         raise QwlibError(f"{lm.row.name} has random weights: they measure, and say nothing")
@@ -167,7 +176,7 @@ def saved(lm: Lm) -> Iterator[Path]:
         here, there = lm.logits(ids).cpu(), fresh.logits(folder, lm.scheme.name, ids, device=str(lm.device))
         if not alike(here, there, lambda: lm.logits(ids).cpu()):
             raise QwlibError(f"{lm.row.name} says something else once it is saved as {lm.scheme.name}: not published")
-        yield folder
+        yield folder, there if devices.pick_device()[0] == lm.device else None
 
 
 def probe(manifest: dict):
