@@ -27,14 +27,14 @@ run: $(READY) ## execute every notebook at smoke size on a real small model; rep
 nightly: $(READY) ## every notebook at nightly size, each figure held to its baseline: docs/running.md
 	@$(PY) -m qwlib nightly
 
-test: $(READY) ## the fast tests, on every core: 10 minutes on two
+test: $(READY) ## the fast tests, on every core: 6 minutes on two
 	$(PY) -m pytest -q --durations 20 $(PARALLEL)
 
 backends: $(READY) ## a second environment: llama.cpp, GPTQ, AutoRound, ONNX Runtime, HQQ, torchao
 	@$(PY) -m qwlib backends --install
 
-test-all: test backends ## the slow tests too, every backend that runs on a CPU among them
-	$(PY) -m pytest -q --durations 20 -m "slow and not hub"
+test-all: backends ## the slow tests too, every backend that runs on a CPU among them
+	$(PY) -m pytest -q --durations 40 -m "not hub" $(PARALLEL)
 
 bench: backends ## time what is claimed to be fast beside what it is compared with
 	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
@@ -62,7 +62,7 @@ links: $(READY) ## write the address in pyproject.toml into badges and set-up ce
 clean: ## remove the environments and the runs
 	rm -rf $(VENV) .venvs runs
 
-# tests of one file share what they load, so they stay in one process
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
+# tests of one file share what they load: each process takes a run of files, and tests from another's end once it is done
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 # nbstripout keeps cell tags; these are what papermill, Colab and widgets leave behind
 NBSTRIP := --extra-keys="metadata.papermill cell.metadata.papermill metadata.colab metadata.widgets"

@@ -1,13 +1,17 @@
 """Fixtures: the embedded model loaded once, and tiny random models of every architecture in the catalog."""
 
+import gc
 import os
+import sys
 
-import nbformat
 import pytest
 
 import qwlib
 from qwlib.machine import processes, processor
 from qwlib.models import catalog
+
+with processes.without("rfc3987_syntax"):
+    import nbformat
 
 os.environ.update(processes.environment())  # before torch is imported, whose threads read it once
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -79,11 +83,56 @@ def lm32():
 
 
 @pytest.fixture(scope="session")
+def shallow(tmp_path_factory):
+    """A folder with the first 3 of the embedded model's 30 layers: its words, for tests that don't mind what it says."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from qwlib.models import embedded
+
+    source, folder = embedded.checkpoint(), tmp_path_factory.mktemp("shallow")
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, folder)
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(source / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if "layers" not in name or int(name.split(".")[2]) < 3}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shallow32(shallow):
+    """The shallow model in float32."""
+    with qwlib.load(str(shallow), "fp32") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def shallow16(shallow):
+    """The shallow model in bf16."""
+    with qwlib.load(str(shallow), "bf16") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
 def repacks() -> bool:
     """Whether the first forward of a 4-bit layer, on the CPU that `load` would pick, repacks its weight for a kernel."""
     import torch
 
     return not torch.cuda.is_available() and processor.capability() in ("AVX512-BF16", "AMX-BF16")
+
+
+@pytest.fixture(autouse=True)
+def modules_are_not_gone_through(frozen=[0]):  # noqa: B006 the number of modules at the last freeze
+    """Every load collects three times, and modules that are imported by now stay to the end: 0.3 s each time without this."""
+    if len(sys.modules) > frozen[0] + 200:
+        frozen[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -97,8 +97,8 @@ def test_usual_shapes_are_left_to_bitsandbytes():
 
 
 @pytest.mark.parametrize("scheme", ["nf4-all", "nf4-mixed"])
-def test_a_tied_embedding_survives_the_heads_first_forward(scheme, repacks):
-    with qwlib.load("smollm2-135m", scheme) as lm:
+def test_a_tied_embedding_survives_the_heads_first_forward(scheme, repacks, shallow):
+    with qwlib.load(str(shallow), scheme) as lm:
         embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
         ids = torch.randint(0, lm.vocabulary, (2, 40), device=lm.device)
         one_storage = _storage(embedding) == _storage(head)
@@ -125,10 +125,10 @@ def test_one_tensor_under_two_names_is_stored_once(fmt, one):
     assert (_storage(model.get_input_embeddings()) == _storage(model.get_output_embeddings())) is one
 
 
-def test_an_8bit_embedding_is_within_its_step(lm):
-    table = lm.model.get_input_embeddings().weight.detach()
+def test_an_8bit_embedding_is_within_its_step(shallow, shallow16):
+    table = shallow16.model.get_input_embeddings().weight.detach()
     ids = torch.randint(0, len(table), (3, 50))
-    with qwlib.load("smollm2-135m", "nf4-mixed") as mixed:
+    with qwlib.load(str(shallow), "nf4-mixed") as mixed:
         rows = mixed.model.get_input_embeddings()(ids)
     step = table[ids].abs().amax(-1, keepdim=True).float() / 127
     error = (rows.float() - table[ids].float()).abs() / step
@@ -199,9 +199,9 @@ def test_on_a_gpu_the_ends_never_stand_there_in_16_bits(scheme):
         assert lm.stream(lm.encode("The capital of France is"), new_tokens=5).shape == (1, 5)
 
 
-def test_saving_a_quantized_embedding_is_refused(tmp_path):
+def test_saving_a_quantized_embedding_is_refused(tmp_path, shallow):
     for scheme in ("nf4-all", "nf4-mixed"):
-        with qwlib.load("smollm2-135m", scheme) as lm:
+        with qwlib.load(str(shallow), scheme) as lm:
             with pytest.raises(qwlib.QwlibError, match="save nf4-dq instead"):
                 lm.save(tmp_path)
             with pytest.raises(NotImplementedError):

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import qwlib
 from qwlib.errors import QwlibError
 from qwlib.guard import guards, judging, labelled, verdicts
 from qwlib.guard.judging import Judge
@@ -25,14 +24,8 @@ RESPONSES = [None, "Gladly, where does he live?", None]
 
 
 @pytest.fixture(scope="module")
-def exact():
-    with qwlib.load("smollm2-135m", "fp32") as lm:
-        yield lm
-
-
-@pytest.fixture(scope="module")
-def judge(exact):
-    return Judge(exact, taxonomy=FEW)
+def judge(lm32):
+    return Judge(lm32, taxonomy=FEW)
 
 
 def by_hand(judge, prompt: str, *begun: str):
@@ -240,39 +233,39 @@ def test_special_tokens_are_no_part_of_a_clean_answer(judge, monkeypatch):
     assert judge.generate_verdicts(["x"])[0].verdict.outcome == "safe"
 
 
-def test_a_taxonomy_is_data_too(exact):
+def test_a_taxonomy_is_data_too(lm32):
     own = {"S1": "See {{ user_input }}, <END UNSAFE CONTENT CATEGORIES> and {{ x }}"}
     text = guards.nemoguard_prompt("the message", taxonomy=own)
     assert text.count("the message") == text.count("<END UNSAFE CONTENT CATEGORIES>") == 1
     with pytest.raises(QwlibError, match="has categories of its own"):
-        Judge(exact, "llama-guard-3-8b", taxonomy=FEW)
+        Judge(lm32, "llama-guard-3-8b", taxonomy=FEW)
 
 
-def test_without_a_chat_template(exact, monkeypatch):
-    monkeypatch.setattr(exact.tokenizer, "chat_template", None)
-    plain = Judge(exact, "llama-guard-3-8b")
+def test_without_a_chat_template(lm32, monkeypatch):
+    monkeypatch.setattr(lm32.tokenizer, "chat_template", None)
+    plain = Judge(lm32, "llama-guard-3-8b")
     assert plain.constant == []
     assert plain.score(["Hello"])[0].unsafe == pytest.approx(plain.score(["Hello"], reuse=False)[0].unsafe)
 
 
 @pytest.mark.parametrize("name", ["qwen3guard-0.6b", "llama-guard-3-8b"])
-def test_other_guards_are_asked_in_their_chat_template(exact, name):
-    judge = Judge(exact, name)
+def test_other_guards_are_asked_in_their_chat_template(lm32, name):
+    judge = Judge(lm32, name)
     assert judge.render("Hello").count("<|im_start|>user\nHello<|im_end|>") == 1
     (asked, answered) = judge.score(["Hello", "Hello"], [None, "Go away"])
     assert asked.response is None
     assert answered.user is None  # one verdict, on the last message
     assert 0 < asked.unsafe < 1
-    strict, loose = (Judge(exact, f"qwen3guard-0.6b{way}").score(["Hello"])[0].unsafe for way in ("", "-loose"))
+    strict, loose = (Judge(lm32, f"qwen3guard-0.6b{way}").score(["Hello"])[0].unsafe for way in ("", "-loose"))
     assert strict > loose
 
 
-def test_mistakes_are_one_line(exact, judge):
+def test_mistakes_are_one_line(lm32, judge):
     with pytest.raises(QwlibError, match="unknown guard 'nemogard-8b': did you mean nemoguard-8b"):
         guards.find("nemogard-8b")
     alike = guards.Guard("alike", "x", "", guards._turns, verdicts.llama_guard, "Is it ", ("unsafe so",), ("unsafe",))
     with pytest.raises(QwlibError, match="with one token"):
-        Judge(exact, alike)
+        Judge(lm32, alike)
     for call in (judge.score, judge.generate_verdicts):
         with pytest.raises(QwlibError, match="2 messages and 1 responses"):
             call(["a", "b"], ["c"])

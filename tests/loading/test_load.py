@@ -17,20 +17,19 @@ def close(a, b) -> float:
     return (a.float() - b.float()).abs().max().item()
 
 
-def test_a_padded_batch_equals_its_rows():
+def test_a_padded_batch_equals_its_rows(lm32):
     """In float32, where the two ways of computing differ by rounding alone."""
     questions = ["Name a colour.", "What is the capital of France, and which river flows through it?"]
-    with qwlib.load("smollm2-135m", "fp32") as exact:
-        rows = [exact.chat(q) for q in questions]
-        batch = exact.chat(*questions)
-        assert (batch[0] == -1).sum() == rows[1].shape[1] - rows[0].shape[1] > 0
-        together = exact.stream(batch, new_tokens=12)
-        for i, row in enumerate(rows):
-            assert torch.equal(together[i], exact.stream(row, new_tokens=12)[0])
-        alone = exact.logits(rows[0])[0]
-        assert close(exact.logits(batch)[0, -rows[0].shape[1] :], alone) < 1e-3
-        right = torch.cat([rows[0], torch.full((1, 9), -1)], dim=1)
-        assert close(exact.logits(right)[0, -1], alone[-1]) > 1  # what padding on the right would give
+    rows = [lm32.chat(q) for q in questions]
+    batch = lm32.chat(*questions)
+    assert (batch[0] == -1).sum() == rows[1].shape[1] - rows[0].shape[1] > 0
+    together = lm32.stream(batch, new_tokens=12)
+    for i, row in enumerate(rows):
+        assert torch.equal(together[i], lm32.stream(row, new_tokens=12)[0])
+    alone = lm32.logits(rows[0])[0]
+    assert close(lm32.logits(batch)[0, -rows[0].shape[1] :], alone) < 1e-3
+    right = torch.cat([rows[0], torch.full((1, 9), -1)], dim=1)
+    assert close(lm32.logits(right)[0, -1], alone[-1]) > 1  # what padding on the right would give
 
 
 def test_exactly_as_many_tokens_come_as_were_asked_for(lm):
@@ -112,12 +111,15 @@ def test_a_gpu_that_is_not_there_is_refused():
         pass
 
 
-def test_too_little_memory_is_told_before_loading(monkeypatch):
+def test_too_little_memory_is_told_before_loading(monkeypatch, shallow):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000_000)
     with pytest.raises(QwlibError, match=r"takes 0\.3 GB and cpu has 0\.1 GB free: choose a scheme with fewer bits"):
         with qwlib.load("smollm2-135m", "bf16", device="cpu"):
             pass
-    with qwlib.load("smollm2-135m", "nf4-all", device="cpu"):  # 0.07 GB
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 50_000_000)
+    with pytest.raises(QwlibError, match=r"takes 0\.1 GB"), qwlib.load(str(shallow), "bf16", device="cpu"):
+        pass
+    with qwlib.load(str(shallow), "nf4-all", device="cpu"):  # 0.02 GB
         pass
 
 
@@ -213,12 +215,12 @@ def test_padding_is_unseen_in_every_architecture(tiny_folder, kind):
         assert close(tiny.logits([[9] * 9 + short])[0, -3:], tiny.logits([short])[0]) > 1e-4
 
 
-def test_a_t4_computes_in_float16(monkeypatch):
+def test_a_t4_computes_in_float16(monkeypatch, shallow):
     """The faked compute capability reaches the layers."""
     reason = "compute capability 7.5 only emulates bfloat16"
     monkeypatch.setattr(devices, "pick_dtype", lambda scheme, device: (torch.float16, reason))
     monkeypatch.setattr(arithmetic, "choose", lambda dtype, device: (dtype, "as on a GPU"))
-    with qwlib.load("smollm2-135m", "nf4") as one:
+    with qwlib.load(str(shallow), "nf4") as one:
         layer = one.model.model.layers[0].mlp.up_proj
         assert layer.compute_dtype is torch.float16
         assert one.model.get_input_embeddings().weight.dtype is torch.float16
@@ -226,7 +228,7 @@ def test_a_t4_computes_in_float16(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about weights on the host")
-def test_no_weight_lies_in_the_mapped_file(tmp_path):
+def test_no_weight_lies_in_the_mapped_file(tmp_path, shallow):
     """Else resident memory would say too little, and a saved 4-bit checkpoint would seem to load for nothing."""
 
     def mapped(folder) -> bool:
@@ -234,7 +236,7 @@ def test_no_weight_lies_in_the_mapped_file(tmp_path):
             return any(str(folder) in line and ".safetensors" in line for line in file)
 
     for scheme in ("nf4-dq", "int8"):
-        with qwlib.load("smollm2-135m", scheme) as one:
+        with qwlib.load(str(shallow), scheme) as one:
             one.save(tmp_path / scheme)
         with qwlib.load(str(tmp_path / scheme), scheme):
             gc.collect()
@@ -259,9 +261,9 @@ def test_the_hub_out_of_reach_is_told(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_what_was_saved_in_4_bits_loads_in_4_bits_only(tmp_path, lm, repacks):
-    ids = lm.chat("Name a colour.")
-    with qwlib.load("smollm2-135m", "nf4-dq") as four:
+def test_what_was_saved_in_4_bits_loads_in_4_bits_only(tmp_path, shallow, repacks):
+    with qwlib.load(str(shallow), "nf4-dq") as four:
+        ids = four.chat("Name a colour.")
         four.save(tmp_path)
         bytes_held, scores = four.memory["weights_bytes"] + four.memory["state_bytes"], four.logits(ids)
         if repacks and four.device.type == "cpu":
@@ -288,42 +290,37 @@ def test_random_weights_have_the_shape_and_no_quality(tiny_folder):
         pass
 
 
-def test_an_adapter_is_put_over_its_base(tmp_path, lm, monkeypatch):
+def test_an_adapter_is_put_over_its_base(tmp_path, shallow, shallow32):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qwlib.models import catalog, embedded
+    from qwlib.models import catalog
 
-    base = AutoModelForCausalLM.from_pretrained(embedded.checkpoint(), dtype=torch.float32)
-    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    base = AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.float32)
+    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "sub")
-    row = catalog.Model(
-        "adapted",
-        str(embedded.checkpoint()),
-        adapter=catalog.Adapter(str(tmp_path), None, "sub"),
-        config_name="smollm2-135m",
-    )
-    ids = lm.encode("The capital of France is")
+    row = catalog.Model("adapted", str(shallow), adapter=catalog.Adapter(str(tmp_path), None, "sub"))
+    ids = shallow32.encode("The capital of France is")
     with torch.inference_mode():
-        wanted = tuned(ids).logits.to(lm.device)
+        wanted = tuned(ids).logits.to(shallow32.device)
     with qwlib.load(row, "fp32") as adapted:
         assert close(adapted.logits(ids), wanted) < 0.01
-    assert close(lm.logits(ids), wanted) > 1
+    assert close(shallow32.logits(ids), wanted) > 1
 
 
-def test_a_reference_kept_outside_is_told():
-    with pytest.warns(UserWarning, match="still referenced outside"), qwlib.load("smollm2-135m") as one:
+def test_a_reference_kept_outside_is_told(shallow):
+    with pytest.warns(UserWarning, match="still referenced outside"), qwlib.load(str(shallow)) as one:
         kept = one.model
     assert one.model is None
     del kept
     gc.collect()
 
 
-def test_nothing_is_logged_or_warned(capfd):
+def test_nothing_is_logged_or_warned(shallow, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for scheme in ("int8", "nf4"):
-            with qwlib.load("smollm2-135m", scheme) as one:
+            with qwlib.load(str(shallow), scheme) as one:
                 one.stream(one.chat("Hello"), new_tokens=3)
     assert capfd.readouterr() == ("", "")
 

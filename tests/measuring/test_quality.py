@@ -17,7 +17,7 @@ TEXT = embedded.text()[:3_000]  # some 700 tokens
 
 
 @pytest.fixture(scope="module")
-def with_bos(lm32):
+def with_bos(shallow32):
     """The same model with a tokenizer that sets a BOS token, as Llama's does."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
@@ -28,7 +28,7 @@ def with_bos(lm32):
         single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
     )
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    return dataclasses.replace(lm32, tokenizer=tokenizer)
+    return dataclasses.replace(shallow32, tokenizer=tokenizer)
 
 
 # every protocol a second time, straight from its definition: token by token, float64, plain Python
@@ -81,11 +81,11 @@ def by_hand(lm, rows):
         ("llamacpp-128", lambda ids: llamacpp(ids, 128)),
     ],
 )
-def test_perplexity_equals_its_definition(lm32, protocol, rule):
-    ids = lm32.tokenizer(TEXT).input_ids
+def test_perplexity_equals_its_definition(shallow32, protocol, rule):
+    ids = shallow32.tokenizer(TEXT).input_ids
     assert len(ids) % 64  # there is a remainder, so that what becomes of it is tested
-    ppl, stderr, losses = by_hand(lm32, rule(ids))
-    got = quality.perplexity(lm32, TEXT, protocol=protocol)
+    ppl, stderr, losses = by_hand(shallow32, rule(ids))
+    got = quality.perplexity(shallow32, TEXT, protocol=protocol)
     assert got["ppl"] == pytest.approx(ppl, rel=1e-4)
     assert got["ppl_stderr"] == pytest.approx(stderr, rel=1e-4)
     assert got["tokens"] == len(losses)
@@ -94,18 +94,18 @@ def test_perplexity_equals_its_definition(lm32, protocol, rule):
     assert got["ppl"] != pytest.approx(fewer, rel=1e-4)  # a rule that forgot two tokens would be told apart
 
 
-def test_bits_per_byte_counts_the_bytes_of_what_is_scored(lm32):
+def test_bits_per_byte_counts_the_bytes_of_what_is_scored(shallow32):
     """In one block everything but the first token is scored, so its bytes are those of the text without that token."""
     text = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. " * 4
-    ids = lm32.tokenizer(text).input_ids
-    _, _, losses = by_hand(lm32, gptq(ids, len(ids)))
-    wanted = sum(losses) / math.log(2) / len(lm32.tokenizer.decode(ids[1:]).encode())
-    got = quality.perplexity(lm32, text, protocol=f"gptq-{len(ids)}")["bits_per_byte"]
+    ids = shallow32.tokenizer(text).input_ids
+    _, _, losses = by_hand(shallow32, gptq(ids, len(ids)))
+    wanted = sum(losses) / math.log(2) / len(shallow32.tokenizer.decode(ids[1:]).encode())
+    got = quality.perplexity(shallow32, text, protocol=f"gptq-{len(ids)}")["bits_per_byte"]
     assert got == pytest.approx(wanted, rel=1e-4)
     assert got != pytest.approx(sum(losses) / math.log(2) / len(text), rel=1e-3)  # letters are not bytes
 
 
-def test_a_bos_token_stands_where_the_protocol_wants_it(lm32, with_bos):
+def test_a_bos_token_stands_where_the_protocol_wants_it(shallow32, with_bos):
     bos, ids = with_bos.tokenizer.bos_token_id, with_bos.tokenizer(TEXT).input_ids
     assert ids[0] == bos
     assert bos not in ids[1:]
@@ -134,17 +134,17 @@ def test_windows_score_every_token_at_most_once_and_never_without_context(kind, 
         assert len(scored) == tokens // length * (length - 1)
 
 
-def test_batching_changes_nothing_but_rounding(lm32):
-    one = quality.perplexity(lm32, TEXT, protocol="gptq-64", batch=1, blocks=5)
-    many = quality.perplexity(lm32, TEXT, protocol="gptq-64", batch=3, blocks=5)
+def test_batching_changes_nothing_but_rounding(shallow32):
+    one = quality.perplexity(shallow32, TEXT, protocol="gptq-64", batch=1, blocks=5)
+    many = quality.perplexity(shallow32, TEXT, protocol="gptq-64", batch=3, blocks=5)
     assert many["ppl"] == pytest.approx(one["ppl"], rel=1e-5)
     assert many["tokens"] == one["tokens"]
 
 
-def test_blocks_limit_what_is_read(lm32):
-    got = quality.perplexity(lm32, TEXT, protocol="gptq-64", blocks=3)
+def test_blocks_limit_what_is_read(shallow32):
+    got = quality.perplexity(shallow32, TEXT, protocol="gptq-64", blocks=3)
     assert got["tokens"] == 3 * 63
-    assert quality.perplexity(lm32, TEXT, protocol="gptq-64", blocks=9)["ppl_stderr"] < 0.8 * got["ppl_stderr"]
+    assert quality.perplexity(shallow32, TEXT, protocol="gptq-64", blocks=9)["ppl_stderr"] < 0.8 * got["ppl_stderr"]
 
 
 @pytest.mark.parametrize(
@@ -163,56 +163,56 @@ def test_blocks_limit_what_is_read(lm32):
         (TEXT, None, "unknown protocol"),
     ],
 )
-def test_what_can_not_be_measured_is_refused(lm32, text, protocol, message):
+def test_what_can_not_be_measured_is_refused(shallow32, text, protocol, message):
     with pytest.raises(QwlibError, match=message):
-        quality.perplexity(lm32, text, protocol=protocol)
+        quality.perplexity(shallow32, text, protocol=protocol)
 
 
-def test_a_window_of_2048_takes_little_more_memory_than_its_forward_pass(lm):
+def test_a_window_of_2048_takes_little_more_memory_than_its_forward_pass(shallow16):
     """The rejected way holds float32 scores of the whole window, as `model(ids, labels=ids)` does."""
     text = embedded.text()[:20_000]
-    ids = torch.tensor([lm.tokenizer(text).input_ids[:2048]])
+    ids = torch.tensor([shallow16.tokenizer(text).input_ids[:2048]])
 
     def peak(work):
         memory.give_back()
-        before = memory.used_bytes(lm.device)
-        if not memory.reset_peak(lm.device):
+        before = memory.used_bytes(shallow16.device)
+        if not memory.reset_peak(shallow16.device):
             pytest.skip("no meter for memory here")
         work()
-        return memory.peak_bytes(lm.device) - before
+        return memory.peak_bytes(shallow16.device) - before
 
     def upcast():
         with torch.inference_mode():
-            return lm.model(ids.to(lm.device), labels=ids.to(lm.device), use_cache=False).loss
+            return shallow16.model(ids.to(shallow16.device), labels=ids.to(shallow16.device), use_cache=False).loss
 
-    quality.perplexity(lm, text, protocol="gptq-2048", blocks=1)  # warm
-    plain = peak(lambda: lm.logits(ids))
-    assert peak(lambda: quality.perplexity(lm, text, protocol="gptq-2048", blocks=1)) < 1.5 * plain
+    quality.perplexity(shallow16, text, protocol="gptq-2048", blocks=1)  # warm
+    plain = peak(lambda: shallow16.logits(ids))
+    assert peak(lambda: quality.perplexity(shallow16, text, protocol="gptq-2048", blocks=1)) < 1.5 * plain
     assert peak(upcast) > 1.5 * plain
 
 
-def test_scores_of_the_last_positions_are_those_of_all(lm32):
-    ids = torch.tensor([lm32.tokenizer(TEXT).input_ids[:40]] * 2)
-    last = lm32.logits(ids, last=7)
-    assert last.shape == (2, 7, lm32.vocabulary)
-    assert torch.allclose(last, lm32.logits(ids)[:, -7:], atol=1e-3)
+def test_scores_of_the_last_positions_are_those_of_all(shallow32):
+    ids = torch.tensor([shallow32.tokenizer(TEXT).input_ids[:40]] * 2)
+    last = shallow32.logits(ids, last=7)
+    assert last.shape == (2, 7, shallow32.vocabulary)
+    assert torch.allclose(last, shallow32.logits(ids)[:, -7:], atol=1e-3)
 
 
 # divergence
 
 
 @pytest.fixture(scope="module")
-def quantized():
-    with qwlib.load("smollm2-135m", "nf4") as loaded:
+def quantized(shallow):
+    with qwlib.load(str(shallow), "nf4") as loaded:
         yield loaded
 
 
-def test_divergence_equals_its_definition(lm, quantized):
-    got = quality.divergence(quantized, lm, TEXT, protocol="gptq-128", blocks=4, batch=2)
-    ids = torch.tensor(lm.tokenizer(TEXT).input_ids[: 4 * 128]).view(4, 128)
+def test_divergence_equals_its_definition(shallow16, quantized):
+    got = quality.divergence(quantized, shallow16, TEXT, protocol="gptq-128", blocks=4, batch=2)
+    ids = torch.tensor(shallow16.tokenizer(TEXT).input_ids[: 4 * 128]).view(4, 128)
     klds, same, shifts = [], [], []
     for rows in ids.split(2):
-        logs = [one.logits(rows)[:, :-1].double().log_softmax(-1).cpu() for one in (lm, quantized)]
+        logs = [one.logits(rows)[:, :-1].double().log_softmax(-1).cpu() for one in (shallow16, quantized)]
         for p, q, row in zip(*logs, rows, strict=True):
             klds += (p.exp() * (p - q)).sum(-1).tolist()
             same += (p.argmax(-1) == q.argmax(-1)).tolist()
@@ -227,16 +227,16 @@ def test_divergence_equals_its_definition(lm, quantized):
     assert got["stderr"] == pytest.approx(torch.tensor(klds).std().item() / math.sqrt(len(klds)), rel=1e-2)
     assert got["top1"] == pytest.approx(sum(same) / len(same), abs=0.005)
     assert got["ppl_ratio"] == pytest.approx(math.exp(sum(shifts) / len(shifts)), rel=2e-3)
-    assert got["reference"] == "smollm2-135m bf16"
-    backwards = quality.divergence(lm, quantized, TEXT, protocol="gptq-128", blocks=4)
+    assert got["reference"] == f"{shallow16.row.name} bf16"
+    backwards = quality.divergence(shallow16, quantized, TEXT, protocol="gptq-128", blocks=4)
     assert backwards["mean"] != pytest.approx(mean, rel=2e-3)  # KL divergence has a direction
 
 
-def test_the_paired_ratio_is_that_of_the_perplexities_and_surer(lm, quantized):
+def test_the_paired_ratio_is_that_of_the_perplexities_and_surer(shallow16, quantized):
     options = {"protocol": "gptq-128", "blocks": 8}
-    base = quality.perplexity(lm, TEXT, **options)
+    base = quality.perplexity(shallow16, TEXT, **options)
     with Reference.temporary() as kept:
-        quality.measure(lm, TEXT, keep=kept, **options)
+        quality.measure(shallow16, TEXT, keep=kept, **options)
         got = quality.measure(quantized, TEXT, reference=kept, **options)
     ratio, kld = got["ppl"] / base["ppl"], got["kld"]
     assert kld["ppl_ratio"] == pytest.approx(ratio, rel=2e-3)
@@ -254,28 +254,28 @@ def test_a_model_does_not_diverge_from_itself_but_for_noise(lm):
         assert got["noise_floor"] > 0  # such kernels round otherwise for another shape; float32's need not
 
 
-def test_another_text_protocol_or_vocabulary_is_not_compared(lm32, tiny_folder):
+def test_another_text_protocol_or_vocabulary_is_not_compared(shallow32, tiny_folder):
     with Reference.temporary() as kept:
-        quality.measure(lm32, TEXT, protocol="gptq-64", blocks=2, keep=kept)
+        quality.measure(shallow32, TEXT, protocol="gptq-64", blocks=2, keep=kept)
         for text, protocol, message in (
             (TEXT, "gptq-32", "protocol is gptq-64"),
             (TEXT + "!", "gptq-64", "text_sha256"),
         ):
             with pytest.raises(QwlibError, match=f"can't be the reference: its {message}"):
-                quality.divergence(lm32, kept, text, protocol=protocol)
+                quality.divergence(shallow32, kept, text, protocol=protocol)
 
 
-def test_a_full_disk_is_told(lm32, monkeypatch):
+def test_a_full_disk_is_told(shallow32, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
     with pytest.raises(QwlibError, match="no room for the reference's scores"):
-        quality.divergence(lm32, lm32, TEXT, protocol="gptq-64", blocks=1)
+        quality.divergence(shallow32, shallow32, TEXT, protocol="gptq-64", blocks=1)
 
 
-def test_scores_that_overflow_are_told(lm32, monkeypatch):
-    plain = type(lm32).logits
-    monkeypatch.setattr(type(lm32), "logits", lambda *args, **more: plain(*args, **more) * float("inf"))
-    with pytest.raises(QwlibError, match=r"smollm2-135m in fp32 gives scores that are no numbers: torch\.float32"):
-        quality.perplexity(lm32, TEXT, protocol="gptq-64", blocks=1)
+def test_scores_that_overflow_are_told(shallow32, monkeypatch):
+    plain = type(shallow32).logits
+    monkeypatch.setattr(type(shallow32), "logits", lambda *args, **more: plain(*args, **more) * float("inf"))
+    with pytest.raises(QwlibError, match=r"shallow[0-9]* in fp32 gives scores that are no numbers: torch\.float32"):
+        quality.perplexity(shallow32, TEXT, protocol="gptq-64", blocks=1)
 
 
 @pytest.mark.hub

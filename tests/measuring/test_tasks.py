@@ -19,9 +19,15 @@ def topics(tmp_path):
     return tasks.write_topics(tmp_path, documents=12)
 
 
-def test_a_task_gives_the_accuracy_of_the_likeliest_choice(lm, topics):
+@pytest.fixture(scope="module")
+def good(lm, tmp_path_factory):
+    """What the model scores, one row at a time."""
+    return tasks.evaluate(lm, tasks.write_topics(tmp_path_factory.mktemp("good"), documents=12), batch=1)
+
+
+def test_a_task_gives_the_accuracy_of_the_likeliest_choice(lm, topics, good):
     """Summed by hand: the log-probability of every choice's tokens after the beginning."""
-    got = tasks.evaluate(lm, topics, batch=1)
+    got = good
     right = []
     for line in topics.with_suffix(".jsonl").read_text().splitlines():
         document = json.loads(line)
@@ -42,9 +48,8 @@ def test_a_task_gives_the_accuracy_of_the_likeliest_choice(lm, topics):
         record.validate(record.new("notebook", tasks=[got | {"value": "high"}]))
 
 
-def test_a_task_that_turns_the_answers_around_scores_lower(lm, topics):
+def test_a_task_that_turns_the_answers_around_scores_lower(lm, topics, good):
     """The data decides: with a wrong choice called right, the same model fails."""
-    good = tasks.evaluate(lm, topics)
     file = topics.with_suffix(".jsonl")
     documents = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(d | {"right": (d["right"] + 1) % 4}) + "\n" for d in documents))
@@ -54,9 +59,9 @@ def test_a_task_that_turns_the_answers_around_scores_lower(lm, topics):
 
 
 @pytest.mark.parametrize("scheme", ["nf4-dq", "nf4-all"])
-def test_the_model_is_left_as_it_was(scheme, topics, capfd):
+def test_the_model_is_left_as_it_was(scheme, topics, shallow, capfd):
     """The harness ties weights when it takes a model, which would break a quantized head for good."""
-    with qwlib.load("smollm2-135m", scheme) as one:
+    with qwlib.load(str(shallow), scheme) as one:
         ids = one.encode("The river")
         before, state = one.stream(ids, new_tokens=5), torch.get_rng_state()
         settings = one.tokenizer.padding_side, one.tokenizer.pad_token

@@ -98,10 +98,10 @@ def test_the_roofline_is_bandwidth_over_bytes_read(lm):
 
 
 def test_a_request_needs_memory_of_its_own(lm):
-    peak = timing.request_peak(lm, batch=8, prompt_tokens=512, new_tokens=2)
+    peak = timing.request_peak(lm, batch=8, prompt_tokens=256, new_tokens=2)
     if peak is None:
         pytest.skip("this system has no high-water mark that can be reset")
-    cache = 8 * 513 * 23_040  # tokens × bytes a token of the key-value cache
+    cache = 8 * 257 * 23_040  # tokens × bytes a token of the key-value cache
     assert peak > cache
     assert timing.request_peak(lm, batch=1, prompt_tokens=16, new_tokens=2) < cache
 

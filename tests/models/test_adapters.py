@@ -17,20 +17,24 @@ from qwlib.models import adapters, artefacts, catalog, checkpoints, embedded, es
 IDS = torch.tensor([[504, 3575, 282, 4649, 314]])
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(a folder with a small random adapter, scores of the 32-bit model under it)."""
+def adapted(checkpoint, folder, alpha: int = 8):
+    """(`folder` with a small random adapter, scores of the 32-bit model under it)."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(embedded.checkpoint(), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     tuned = get_peft_model(base, config).eval()
-    folder = tmp_path_factory.mktemp("lora")
     tuned.save_pretrained(folder)
     with torch.inference_mode():
         return folder, tuned(IDS).logits.log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An adapter of the embedded model."""
+    return adapted(embedded.checkpoint(), tmp_path_factory.mktemp("lora"))
 
 
 def divergence(scores, wanted) -> float:
@@ -55,15 +59,13 @@ def test_it_is_found_in_the_root_or_in_the_sub_folder(made, tmp_path):
         adapters.folder(replace(row, adapter=over))
 
 
-def test_merged_is_what_it_is_over_the_model(made, tmp_path, monkeypatch):
+def test_merged_is_what_it_is_over_the_model(shallow, shallow16, tmp_path, monkeypatch):
     monkeypatch.setenv("QWLIB_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    checkpoint = embedded.checkpoint()  # unpacked again: the cache is another one
-    name = f"smollm2-135m+{made[0]}"
+    made = adapted(shallow, tmp_path / "lora", alpha=48)
+    name = f"{shallow}+{made[0]}"
     with qwlib.load(name, "fp32") as lm:
         assert divergence(lm.logits(IDS), made[1]) < 1e-4
-    with qwlib.load(str(checkpoint), "bf16") as lm:
-        without = divergence(lm.logits(IDS), made[1])
+    without = divergence(shallow16.logits(IDS), made[1])
     merged = merging.merge(name)
     assert merging.merge(name) == merged
     with qwlib.load(str(merged), "bf16") as lm:
@@ -71,11 +73,11 @@ def test_merged_is_what_it_is_over_the_model(made, tmp_path, monkeypatch):
     assert rounded < 0.05 < without
     artefact = merging.merge_then_quantize(name, "nf4")
     made_from = artefacts.read(artefact)["source"]
-    assert made_from["name"] == f"smollm2-135m+{made[0].name}"
+    assert made_from["name"] == f"{shallow.name}+{made[0].name}"
     assert artefacts.same(
         made_from, checkpoints.source(catalog.find(name))
     )  # so `bench` takes it as a row of this model
-    assert not artefacts.same(made_from, checkpoints.source(catalog.find("smollm2-135m")))
+    assert not artefacts.same(made_from, checkpoints.source(catalog.find(str(shallow))))
     found = {}
     for row in (name, str(artefact)):
         with qwlib.load(row, "nf4") as lm:

@@ -1,12 +1,14 @@
 """Predictions against what loading measures."""
 
+import functools
+
 import pytest
 import torch
 from conftest import TINY
 
 import qwlib
 from qwlib import schemes
-from qwlib.models import estimates
+from qwlib.models import catalog, estimates
 
 
 def off(estimate, lm) -> float:
@@ -14,24 +16,31 @@ def off(estimate, lm) -> float:
     return abs(estimate.weights_bytes + estimate.state_bytes - measured) / measured
 
 
+@pytest.fixture(scope="module")
+def row_of(tiny_folder):
+    """A function: a kind of random checkpoint, or a model's name → its row, which keeps its meta models for all schemes."""
+    return functools.cache(lambda name: catalog.find(tiny_folder(name) if name in TINY else name))
+
+
 @pytest.mark.parametrize("scheme", schemes.BUILT_IN)
-def test_the_estimate_is_what_loading_measures(scheme):
-    with qwlib.load("smollm2-135m", scheme) as lm:
-        estimate = qwlib.estimate("smollm2-135m", scheme)
+def test_the_estimate_is_what_loading_measures(row_of, scheme):
+    row = row_of("smollm2-135m")
+    with qwlib.load(row, scheme) as lm:
+        estimate = qwlib.estimate(row, scheme)
         assert off(estimate, lm) < 0.01
         assert estimate.state_bytes == pytest.approx(lm.memory["state_bytes"], rel=0.01)
-        others = [qwlib.estimate("smollm2-135m", other) for other in ("fp32", "int8", "nf4-all") if other != scheme]
+        others = [qwlib.estimate(row, other) for other in ("fp32", "int8", "nf4-all") if other != scheme]
         assert all(off(other, lm) > 0.01 for other in others)
 
 
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("scheme", schemes.BUILT_IN)
-def test_the_estimate_holds_for_every_architecture(tiny_folder, kind, scheme):
-    folder = tiny_folder(kind)
-    with qwlib.load(folder, scheme) as lm:
-        whole, parts = qwlib.estimate(folder, scheme), estimates.breakdown(folder, scheme)
+def test_the_estimate_holds_for_every_architecture(row_of, kind, scheme):
+    row = row_of(kind)
+    with qwlib.load(row, scheme) as lm:
+        whole, parts = qwlib.estimate(row, scheme), estimates.breakdown(row, scheme)
         assert off(whole, lm) < 0.01
-        assert off(qwlib.estimate(folder, "fp32" if scheme != "fp32" else "bf16"), lm) > 0.01
+        assert off(qwlib.estimate(row, "fp32" if scheme != "fp32" else "bf16"), lm) > 0.01
         assert sum(parts.values()) == whole.weights_bytes + whole.state_bytes
         assert parts["scales and code books"] == whole.state_bytes
         embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
@@ -43,23 +52,23 @@ def test_the_estimate_holds_for_every_architecture(tiny_folder, kind, scheme):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])
-def test_the_cache_is_what_generation_fills(tiny_folder, kind):
+def test_the_cache_is_what_generation_fills(row_of, kind):
     """gemma2's window of 16 is shorter than the 40 tokens: its local layers must be counted short."""
-    folder = tiny_folder(kind)
-    with qwlib.load(folder, "bf16") as lm:
+    row = row_of(kind)
+    with qwlib.load(row, "bf16") as lm:
         ids = torch.randint(0, 1000, (3, 40))
         with torch.inference_mode():
             layers = lm.model(ids.to(lm.device), use_cache=True).past_key_values.layers
         real = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
-        assert qwlib.estimate(folder, "bf16", batch=3, context=40).kv_bytes == real
-        assert qwlib.estimate(folder, "bf16", batch=2, context=40).kv_bytes != real
+        assert qwlib.estimate(row, "bf16", batch=3, context=40).kv_bytes == real
+        assert qwlib.estimate(row, "bf16", batch=2, context=40).kv_bytes != real
 
 
-def test_published_savings_are_reproduced_from_shapes():
+def test_published_savings_are_reproduced_from_shapes(row_of):
     """Llama-3.1-8B: 16.06 GB, and 4.14 GB with everything in NF4 + DQ (shares of 64.5 and 74.2 % saved)."""
 
     def gb(scheme):
-        e = qwlib.estimate("llama-3.1-8b", scheme)
+        e = qwlib.estimate(row_of("llama-3.1-8b"), scheme)
         return (e.weights_bytes + e.state_bytes) / 1e9
 
     assert gb("bf16") == pytest.approx(16.06, abs=0.005)
