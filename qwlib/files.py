@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -34,7 +35,7 @@ def sha256_text(text: str) -> str:
 
 
 def misfit(value, schema: dict) -> str | None:
-    """The first place where what a JSON file held does not follow a JSON Schema (draft 7), in one line; None where it does."""
+    """The first place where what a JSON file held does not follow a JSON Schema (draft 7), or is no number; None if all does."""
     import fastjsonschema
 
     try:
@@ -42,7 +43,16 @@ def misfit(value, schema: dict) -> str | None:
     except fastjsonschema.JsonSchemaValueException as error:
         place = ".".join(map(str, error.path[1:])) or "the top level"
         return f"{place}: {error.message.removeprefix(error.name).strip()[:200]}"
-    return None
+    return next(_no_numbers(value), None)
+
+
+def _no_numbers(value, place: str = "") -> Iterator[str]:
+    """Every place that holds NaN or an infinity: Python reads them, `1e999` too, and comparing with them means nothing."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place}: {value} is no number"
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _no_numbers(inner, f"{place}.{key}".lstrip("."))
 
 
 @functools.cache

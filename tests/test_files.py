@@ -16,6 +16,7 @@ def test_what_does_not_follow_a_schema_is_named():
     assert files.misfit({"a": {"b": 1}}, schema) is None
     assert files.misfit({"a": {"b": 1.5}}, schema) == "a.b: must be integer"
     assert files.misfit({"a": {"b": True}}, schema) == "a.b: must be integer"
+    assert files.misfit({"a": {"b": 1}, "c": [0.5, float("inf")]}, schema) == "c.1: inf is no number"
     assert "a: must contain ['b']" in files.misfit({"a": {}}, schema)
 
 

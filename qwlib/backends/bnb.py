@@ -17,6 +17,8 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from .. import schemes
+from ..errors import QwlibError
 from ..machine import arithmetic, processor
 from ..models import estimates
 from . import bnb_ends, hf
@@ -38,9 +40,27 @@ def fill(lm, source: str) -> None:
         )  # else transformers refuses that a part waits on the host
         hf.read(lm, source, settings, hf.placed(shapes, lm.device, wait))
     finish(lm.model, lm.scheme, lm.dtype, lm.device)
+    if not lm.saved:
+        as_planned(lm, shapes)
     hf.finish(lm)
     if lm.arithmetic == torch.float32:
         multiply_in_float32(lm.model)
+
+
+def as_planned(lm, shapes) -> None:
+    """Raises QwlibError where a layer does not hold the bytes that the scheme plans for it.
+
+    transformers replaces layers of the classes that it knows, and passes over others (Falcon's own linear layer) without a word.
+    """
+    plan = schemes.plan(shapes, lm.scheme)
+    wanted = {n: estimates.stored_bytes(shapes.get_submodule(n).weight.shape, fmt)[0] for n, fmt in plan.items()}
+    held = {name: getattr(getattr(module, "weight", None), "nbytes", None) for name, module in lm.model.named_modules()}
+    if wrong := [name for name in wanted if held.get(name) != wanted[name]]:
+        kind = type(lm.model.get_submodule(wrong[0])).__name__ if wrong[0] in held else "missing"
+        raise QwlibError(
+            f"{lm.row.name} can't be held in {lm.scheme.name}: {len(wrong)} of {len(plan)} layers are not quantized as planned, "
+            f"{wrong[0]} ({kind}) first; load it in bf16"
+        )
 
 
 def _stores_ends(scheme) -> bool:

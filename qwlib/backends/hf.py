@@ -6,6 +6,7 @@ here too: tokenizer, stop tokens, texts, a call of a command line.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,12 @@ from ..errors import QwlibError
 from ..machine import memory
 from ..running.engines import Transformers
 from ..running.lm import quiet
+
+# weights that files hold and no model reads
+HARMLESS = (
+    r"rotary_emb\.inv_freq$",  # calculated from the configuration since transformers 4.32
+    r"\.(attn|attention)\.(bias|masked_bias)$",  # causal masks, which early GPT-2 and GPT-NeoX checkpoints stored
+)
 
 
 def fill(lm, source: str) -> None:
@@ -48,6 +55,12 @@ def read(lm, source: str, quantization=None, place: dict | None = None) -> None:
         remove_hook_from_submodules(lm.model)
     lm.model.eval()
     lm.tokenizer = tokenizer(lm, source)
+    strange = [key for key in report["unexpected_keys"] if not any(re.search(known, key) for known in HARMLESS)]
+    if strange:
+        raise QwlibError(
+            f"{lm.row.name} holds {len(strange)} weights that the model does not use, {min(strange)} first: "
+            "config.json describes another model"
+        )
     if absent := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
         raise QwlibError(
             f"{lm.row.name} lacks {len(absent)} of its weights, {absent[0]} first: is the folder complete?"
@@ -101,9 +114,18 @@ def tokenizer(lm, source: str, **options):
     """
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False, **options)
-    if not found("word").input_ids:
-        raise QwlibError(f"{lm.row.name} has no tokenizer files: save the tokenizer beside the model")
+    missing = QwlibError(
+        f"{lm.row.name} has no tokenizer files (tokenizer.json, or a vocabulary): save the tokenizer beside the model"
+    )
+    try:
+        found = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False, **options)
+    except ValueError as error:
+        if "backend tokenizer" not in str(error):
+            raise
+        raise missing from None
+    fox, hen = (found(word, add_special_tokens=False).input_ids for word in ("fox", "hen"))
+    if not fox or fox == hen:  # a class without its vocabulary makes one unknown token of every word
+        raise missing
     return found
 
 

@@ -30,7 +30,7 @@ import itertools
 
 import numpy
 
-from ..errors import QwlibError
+from ..errors import QwlibError, whole_number
 
 LABELS = {0: 0, 1: 1, "safe": 0, "unsafe": 1}
 BY_VERDICT = ("precision", "recall", "f1", "false_positive_rate")
@@ -74,6 +74,7 @@ def evaluate(scores, labels, *, threshold: float = 0.5, errors=None) -> dict:
     """
     from sklearn import metrics
 
+    labels, scores = _listed(labels), _listed(scores)
     errors = [False] * len(labels) if errors is None else errors
     labels, scores, errors = _read(labels, scores, errors, thresholds=(threshold,))
     scores = numpy.where(errors, numpy.nan, scores)
@@ -107,8 +108,7 @@ def reliability(scores, labels, *, bins: int = 10) -> list[dict]:
 
     Raises QwlibError for input that `evaluate` refuses, and for fewer than one bin.
     """
-    if bins < 1:
-        raise QwlibError(f"{bins} bins hold no score: use at least 1")
+    bins = whole_number(bins, "bins")
     labels, scores = _read(labels, scores)
     edges, out = numpy.arange(bins + 1) / bins, []
     for number, (low, high) in enumerate(itertools.pairwise(edges.tolist())):
@@ -136,6 +136,7 @@ def interval(
         raise QwlibError(f"no interval for {metric!r}: use one of {', '.join(BY_VERDICT + BY_SCORE)}")
     if not 0 < level < 1:
         raise QwlibError(f"level {level} is outside (0, 1): use 0.95 for 95 %")
+    labels, scores = _listed(labels), _listed(scores)
     if metric not in evaluate(scores, labels, threshold=threshold):
         raise QwlibError(f"these rows give no {metric}: evaluate says what it needs")
     labels, scores = _read(labels, scores)
@@ -187,6 +188,7 @@ def noise_floor(a, a_again, *, threshold: float = 0.5) -> dict:
     Fields: `n, flips`, their `share` with `share_low, share_high` (Wilson's 95 % interval: it is over rows, another path is
     other noise), `score_shift` as in `compare`. Labels change nothing here. Raises QwlibError for input that `evaluate` refuses.
     """
+    a = _listed(a)
     _, a, a_again = _read([0] * len(a), a, a_again, thresholds=(threshold,))
     flips = int(((_closed(a) >= threshold) != (_closed(a_again) >= threshold)).sum())
     share = {"share": flips / len(a)} | _wilson(flips, len(a))
@@ -195,7 +197,7 @@ def noise_floor(a, a_again, *, threshold: float = 0.5) -> dict:
 
 def _read(labels, *columns, thresholds=()) -> list:
     """Labels as an array of 0 and 1, then each column of scores as float64 with NaN where there is none."""
-    labels, columns = numpy.asarray(labels).tolist(), [numpy.asarray(column, dtype=float) for column in columns]
+    labels, columns = _listed(labels), [_numbers(column) for column in columns]
     for threshold in thresholds:
         if not 0 <= threshold <= 1:
             raise QwlibError(f"threshold {threshold} is outside [0, 1]: give a P(unsafe), such as 0.5")
@@ -210,6 +212,30 @@ def _read(labels, *columns, thresholds=()) -> list:
         for at in numpy.flatnonzero((scores < 0) | (scores > 1)):
             raise QwlibError(f"score {scores[at]} in row {at} is outside [0, 1]: give P(unsafe), not a logit")
     return [numpy.array([LABELS[label] for label in labels]), *columns]
+
+
+def _listed(values) -> list:
+    """Values of any kind of sequence as Python's own: of numpy, of pandas, of a generator, which gives them once only."""
+    try:
+        return [
+            value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value for value in values
+        ]
+    except TypeError:
+        raise QwlibError(f"scores and labels are one a row, not {str(values)[:40]!r}") from None
+
+
+def _numbers(values):
+    """Scores as float64; None and pandas' NA are NaN, which is no score."""
+    values, out = _listed(values), []
+    for at, value in enumerate(values):
+        if hasattr(value, "__len__") and not isinstance(value, str):
+            raise QwlibError(f"scores are not one a row: give {len(values)}, NaN where there is none")
+        if value is None or type(value).__name__ in ("NAType", "NaTType"):
+            value = numpy.nan
+        if not isinstance(value, int | float):
+            raise QwlibError(f"score {str(value)[:40]!r} in row {at} is no number: NaN says that there is none")
+        out.append(value)
+    return numpy.array(out, dtype=float)
 
 
 def _closed(scores):

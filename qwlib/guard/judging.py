@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from ..errors import QwlibError
+from ..errors import QwlibError, whole_number
+from ..models import texts
+from ..running import chats
 from ..running import lm as lms
 from . import guards, labelled, verdicts
 from .verdicts import TAXONOMY
@@ -88,12 +90,12 @@ class Judge:
                 raise QwlibError(
                     "a message to judge is a text that is not empty, and so is a response where there is one"
                 )
-        texts = [text if text is None else guards.defused(text, self._special) for text in (prompt, response)]
-        messages = self.row.messages(*texts, self.taxonomy)
+            texts.checked(text, "a message to judge")
+        said = [text if text is None else guards.defused(text, self._special) for text in (prompt, response)]
+        messages = self.row.messages(*said, self.taxonomy)
         if not self.lm.tokenizer.chat_template:
             return "\n\n".join(message["content"] for message in messages) + "\n"
-        options = {"tokenize": False, "add_generation_prompt": True, **self.row.options}
-        return self.lm.tokenizer.apply_chat_template(messages, **options)
+        return chats.rendered(self.lm.tokenizer, messages, self.lm.row.name, **self.row.options)
 
     def ids(self, prompt: str, response: str | None = None) -> list[int]:
         """The same as token ids."""
@@ -121,7 +123,7 @@ class Judge:
 
         Raises QwlibError for lists that differ in length, an empty message, or a prompt longer than the model's context.
         """
-        rows = self._rows(prompts, responses)
+        rows, batch = self._rows(prompts, responses), whole_number(batch, "batch")
         if not rows:
             return []
         if reuse and (self._model is None or self._model() is not self.lm.model):
@@ -155,7 +157,7 @@ class Judge:
 
         Raises QwlibError as `score` does.
         """
-        rows, answers = self._rows(prompts, responses), []
+        rows, answers, batch = self._rows(prompts, responses), [], whole_number(batch, "batch")
         asked = [self.ids(*row) for row in rows]
         for number, ids in enumerate(asked):
             self._check_room(number, ids, new_tokens)

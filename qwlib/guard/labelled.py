@@ -7,6 +7,7 @@ others published are read from the Hub or from a file, and are for evaluation on
 What it leaves out: conversations, and languages other than English.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -16,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import QwlibError
-from ..models import hub
+from ..models import hub, texts
 from .verdicts import TAXONOMY
 
 # names in Aegis 2.0 that differ from those of NemoGuard's prompt, as far as known; others stay as they are
@@ -80,9 +81,11 @@ class Labelled:
 def load(source: str = "own") -> Labelled:
     """`own`, `xstest` or `aegis2` (both from the Hub), or a CSV, JSON or JSONL file with columns `prompt` and `label`.
 
-    Further columns that are read: `response`, `response_label`, `category`, `split`. Labels are safe and unsafe.
+    Further columns that are read: `response`, `response_label`, `category`, `split`. Labels are safe and unsafe. Messages are
+    taken byte for byte; empty and redacted ones are counted in `skipped`.
 
-    Raises QwlibError for a file or set that can't be had, a missing column, a label that is neither, and a set of one kind.
+    Raises QwlibError for a file or set that can't be had, a missing column, a label that is neither, a set of one kind, and for a
+    row that would lose something: too many or too few cells, two of one name, a message that is no text.
     """
     if source == "own":
         text = (resources.files(__package__) / "safety_prompts.jsonl").read_text(encoding="utf-8")
@@ -91,25 +94,79 @@ def load(source: str = "own") -> Labelled:
         return _labelled("XSTest", _read(Path(hub.fetch_data(*_XSTEST))))
     if source == "aegis2":
         return _labelled("Aegis 2.0 test", [_of_aegis(row) for row in _read(Path(hub.fetch_data(*_AEGIS)))])
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise QwlibError(f"no such set of messages: {source}; name own, xstest, aegis2, or a CSV, JSON or JSONL file")
+    try:
+        path = Path(source).expanduser()
+        there = path.is_file()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ):  # a name that no file can have, an unknown `~user`, no text at all
+        there = False
+    if not there:
+        shown = source if isinstance(source, str) and len(source) < 100 else f"{str(source)[:60]}…"
+        raise QwlibError(f"no such set of messages: {shown}; name own, xstest, aegis2, or a CSV, JSON or JSONL file")
     found = _read(path)
     return _labelled(path.name, [_of_aegis(row) if "prompt_label" in row else row for row in found])
 
 
 def _read(path: Path) -> list[dict]:
+    """The rows of a file, none of which lost a cell or a key."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # line ends within a message stay as they are
         if path.suffix.lower() == ".csv":
-            return list(csv.DictReader(io.StringIO(text, newline="")))
-        one = path.suffix.lower() == ".json"
-        rows = json.loads(text) if one else [json.loads(line) for line in text.split("\n") if line.strip()]
+            return _cells(path.name, text)
+        rows = _objects(text, lines=path.suffix.lower() != ".json")
     except (ValueError, OSError, csv.Error, RecursionError) as error:
+        if isinstance(error, QwlibError):
+            raise
         raise QwlibError(f"{path.name} can't be read as CSV, JSON or JSONL: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise QwlibError(f"{path.name} is no list of rows with names")
     return rows
+
+
+def _cells(name: str, text: str) -> list[dict]:
+    """The rows of a CSV file under the names in its head; blank lines are none."""
+    longest = csv.field_size_limit(len(text) + 1)  # else a message of more than 131,072 letters is an error
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        rows = [(reader.line_num, cells) for cells in reader if cells]
+    finally:
+        csv.field_size_limit(longest)
+    if not rows:
+        return []
+    (_, head), *rows = rows
+    if twice := [column for column, count in Counter(head).items() if count > 1]:
+        raise QwlibError(f"{name} has two columns called {twice[0]!r}: rename the one that is not meant")
+    for line, cells in rows:
+        if len(cells) != len(head):
+            raise QwlibError(
+                f"line {line} of {name} has {len(cells)} cells, its head {len(head)}: put texts with commas in quotes"
+            )
+    return [dict(zip(head, cells, strict=True)) for _, cells in rows]
+
+
+def _objects(text: str, *, lines: bool):
+    """What a JSON or JSON Lines file holds; one whose lines are objects counts as the latter, whatever it is called."""
+
+    def once(pairs: list[tuple]) -> dict:
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise ValueError(f"two values are called {twice[0]!r}")
+        return dict(pairs)
+
+    def each() -> list:
+        return [json.loads(line, object_pairs_hook=once) for line in text.split("\n") if line.strip()]
+
+    if lines:
+        return each()
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except ValueError as error:
+        with contextlib.suppress(ValueError):
+            return each()
+        raise error
 
 
 def _of_aegis(row: dict) -> dict:
@@ -127,8 +184,11 @@ def _labelled(name: str, found: list[dict]) -> Labelled:
         raise QwlibError(f"{name} has no column {absent[0]!r}, only {there}: rename the one that is meant")
     rows, skipped = [], Counter()
     for number, row in enumerate(found, start=1):
+        for key in ("prompt", "response", "category", "type", "split"):
+            if row.get(key) is not None:
+                texts.checked(row[key], f"row {number} of {name}: its {key}")
         prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not prompt or not prompt.strip():
             skipped["empty prompt"] += 1
         elif prompt.strip() == "REDACTED":  # Aegis 2.0 keeps back texts of another licence so
             skipped["redacted prompt"] += 1
@@ -141,7 +201,7 @@ def _labelled(name: str, found: list[dict]) -> Labelled:
 
 def _row(name: str, number: int, row: dict) -> Row:
     response = row.get("response")
-    response = response if isinstance(response, str) and response.strip() not in ("", "REDACTED") else None
+    response = response if response and response.strip() not in ("", "REDACTED") else None
     labels = [row.get("label"), row.get("response_label") if response else None]
     for label in labels[: 2 if labels[1] else 1]:
         if not isinstance(label, str) or label not in LABELS:

@@ -18,7 +18,7 @@ from .. import schemes
 from ..backends import BACKENDS
 from ..errors import QwlibError
 from ..machine import devices, memory, processes
-from ..models import artefacts, catalog, checkpoints, estimates, hub, random_weights
+from ..models import artefacts, catalog, checkpoints, estimates, hub, intact, random_weights
 from ..running.lm import Lm
 
 
@@ -50,6 +50,8 @@ def load(
     manifest = checkpoints.verified(row) if here else None
     if here:
         checkpoints.refuse_pickles(Path(row.source))
+        if manifest is None:  # else each file was compared with it
+            intact.check(Path(row.source))
     saved = checkpoints.saved_scheme(row) if weights == "trained" else None
     scheme = schemes.find(scheme or saved or schemes.REFERENCE)
     if saved and saved != scheme.name:
@@ -107,6 +109,7 @@ def _fill_metered(lm: Lm, source: str) -> None:
     before = memory.used_bytes(lm.device)
     metered = memory.reset_peak(lm.device)
     began = time.perf_counter()
+    lm.folder = source
     with hub.explained(lm.row):
         backend.fill(lm, source)
     lm.load_s = time.perf_counter() - began

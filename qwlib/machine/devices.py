@@ -16,9 +16,15 @@ def pick_device(device: str | None = None):
     if device is not None:
         if str(device).partition(":")[0] not in ("cpu", "cuda"):
             raise QwlibError(f"device {device!r}: qwlib runs on cpu, cuda or cuda:N")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:
+            raise QwlibError(f"device {device!r}: qwlib runs on cpu, cuda or cuda:N") from None
+        if chosen.type == "cuda" and not torch.cuda.is_available():
             raise QwlibError("a GPU was asked for and PyTorch sees none: leave device out to use the CPU")
-        return torch.device(device), "asked for"
+        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+            raise QwlibError(f"device {device!r}: PyTorch sees {torch.cuda.device_count()} CUDA device(s), from cuda:0")
+        return chosen, "asked for"
     if torch.cuda.is_available():
         return torch.device("cuda", 0), f"the first of {torch.cuda.device_count()} CUDA device(s)"
     return torch.device("cpu"), "PyTorch sees no CUDA device"

@@ -75,7 +75,7 @@ def _quantized(name: str) -> catalog.Model | None:
     Raises QwlibError for another folder, or none where a path was meant.
     """
     path = Path(name).expanduser()
-    if name.endswith(".gguf"):
+    if catalog.is_gguf(name):
         return catalog.find(str(path.resolve()) if path.is_file() else name)
     if not path.is_dir():
         if "/" in name or name.startswith(("~", ".")):

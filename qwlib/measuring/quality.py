@@ -29,7 +29,9 @@ import math
 import re
 from collections.abc import Iterator
 
-from ..errors import QwlibError
+from ..errors import QwlibError, whole_number
+from ..models import texts
+from ..running.lm import text_ids
 from .reference import Reference
 
 STRIDE = 512  # of hf-sliding
@@ -175,9 +177,11 @@ class _Scan:
 
         if not lm.tokenizer.is_fast:
             raise QwlibError("perplexity needs a tokenizer that tells where tokens stand in the text (a fast one)")
-        encoded = lm.tokenizer(text, return_offsets_mapping=True, verbose=False)
-        self.lm, self.text, self.protocol, self.batch = lm, text, protocol, batch
-        self.ids, self.places = torch.tensor(encoded.input_ids, dtype=torch.long), encoded["offset_mapping"]
+        blocks = blocks if blocks is None else whole_number(blocks, "blocks")
+        self.batch = batch if batch is None else whole_number(batch, "batch")
+        ids, self.places = text_ids(lm.tokenizer, texts.checked(text), places=True)
+        self.lm, self.text, self.protocol = lm, text, protocol
+        self.ids = torch.tensor(ids, dtype=torch.long)
         self.spans = windows(protocol, len(self.ids), lm.longest)[:blocks]
         self.tokens = sum(end - first for _, first, end in self.spans)
         if self.tokens < 2:

@@ -11,7 +11,7 @@ that weights stay in a cache.
 
 import time
 
-from ..errors import QwlibError
+from ..errors import QwlibError, whole_number
 from ..machine import memory
 from ..models import embedded
 from ..running import streaming
@@ -29,8 +29,7 @@ def prompt_ids(lm, *, batch: int, tokens: int):
     """`batch` rows of `tokens` ids: consecutive pieces of the embedded text, folded into the model's vocabulary."""
     import torch
 
-    if batch < 1 or tokens < 1:
-        raise QwlibError(f"batch and prompt length must be at least 1, not {batch} and {tokens}")
+    batch, tokens = whole_number(batch, "batch"), whole_number(tokens, "prompt_tokens")
     text = embedded.text()
     ids = lm.tokenizer(text[: 8 * batch * tokens], verbose=False).input_ids
     if not ids:
@@ -50,8 +49,7 @@ def time_requests(
     clock: streaming.Clock = time.perf_counter,
 ) -> list[streaming.Timeline]:
     """Timelines of `runs` equal requests, the first included."""
-    if runs < 1 or new_tokens < 1:
-        raise QwlibError(f"runs and new tokens must be at least 1, not {runs} and {new_tokens}")
+    runs, new_tokens = whole_number(runs, "runs"), whole_number(new_tokens, "new_tokens")
     ids = prompt_ids(lm, batch=batch, tokens=prompt_tokens)
     return [streaming.time_stream(lm, ids, new_tokens=new_tokens, clock=clock) for _ in range(runs)]
 
@@ -83,8 +81,7 @@ def measure_speed(
     clock: streaming.Clock = time.perf_counter,
 ) -> dict:
     """The `speed` part of a record: a first call and `warmup` requests apart, then `runs` that count."""
-    if runs < 1:
-        raise QwlibError(f"runs and new tokens must be at least 1, not {runs} and {new_tokens}")
+    runs, warmup = whole_number(runs, "runs"), whole_number(warmup, "warmup", 0)
     shape = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     lm.engine.forget()  # a graph of a longer request would serve this one too, more slowly
     lines = time_requests(lm, **shape, runs=1 + warmup + runs, clock=clock)

@@ -8,6 +8,7 @@ Revisions are commit hashes of the Hub repository where one could be known; `Non
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -190,7 +191,7 @@ def find(model: "str | Path | Model") -> Model:
     name = str(model)
     if name in MODELS:
         return replace(MODELS[name])
-    if name.endswith(".gguf"):
+    if is_gguf(name):
         return Model(name, *hub.gguf_folder(name), what="a GGUF file")
     folder = Path(name).expanduser()
     if "+" in name and not folder.exists():
@@ -217,12 +218,22 @@ def base(row: Model) -> Model:
     return replace(row, name=row.name.rpartition("+")[0] or row.name, adapter=None) if row.adapter else row
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file, here or on the Hub, and of no folder."""
+    return name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir()
+
+
 def gguf_file(folder: str | Path) -> str | None:
     """The name of the one GGUF file in a folder, None where there is none.
 
     Raises QwlibError where there are several: a folder is one model.
     """
-    found = sorted(path.name for path in Path(folder).glob("*.gguf")) if Path(folder).is_dir() else []
+    inside = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    found = sorted(path.name for path in inside if path.suffix.lower() == ".gguf")
+    if split := next((match for name in found if (match := re.search(r"-0*\d+-of-0*(\d+)\.gguf$", name, re.I))), None):
+        raise QwlibError(
+            f"{folder} holds one GGUF model in {int(split[1])} parts: join them with llama.cpp's `llama-gguf-split --merge`"
+        )
     if len(found) > 1:
         raise QwlibError(f"{folder} holds {len(found)} GGUF files: put the one that is meant into a folder of its own")
     return found[0] if found else None

@@ -85,10 +85,14 @@ def _gguf_scheme(file: Path) -> str:
     import gguf
 
     try:
-        told = gguf.GGUFReader(file).fields
-        kind = int(told["general.file_type"].contents())
+        told = gguf.GGUFReader(file).fields.get("general.file_type")
+        kind = None if told is None else int(told.contents())
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise QwlibError(f"{file.name} is no whole GGUF file ({error}): download it again") from None
+    if kind is None:
+        raise QwlibError(
+            f"{file.name} does not say how it is quantized (general.file_type): write it again with llama.cpp's llama-quantize"
+        )
     known = {number: name for name, number in schemes.GGUF_TYPES.items()}
     if kind not in known:
         raise QwlibError(

@@ -13,8 +13,9 @@ import math
 from dataclasses import dataclass
 
 from .. import schemes
+from ..errors import QwlibError, whole_number
 from ..schemes import BLOCK, NESTED_BLOCK
-from . import catalog, hub
+from . import catalog, hub, limits
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -79,12 +80,21 @@ def meta_model(row: catalog.Model, base: str = "bf16"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
 
 
-def estimate(model: str, scheme: str = "bf16", *, batch: int = 1, context: int = 2048) -> Estimate:
+CONTEXT = 2048  # tokens of a cache, where nobody says how many
+
+
+def estimate(model: str, scheme: str = "bf16", *, batch: int = 1, context: int | None = None) -> Estimate:
     """Bytes of weights, quantization state and key-value cache, from shapes alone; nothing is downloaded for a catalog row.
 
-    Raises QwlibError for an unknown model or scheme.
+    `context`: tokens that the cache holds, else `CONTEXT`, or as many as the model has positions.
+
+    Raises QwlibError for an unknown model or scheme, and for a longer context than the model has positions.
     """
     row, scheme = catalog.find(model), schemes.find(scheme)
+    batch, most = whole_number(batch, "batch"), limits.positions(row.config())
+    context = min(CONTEXT, most or CONTEXT) if context is None else whole_number(context, "context")
+    if most and context > most:
+        raise QwlibError(f"a context of {context} tokens is more than the {most} positions of {row.name}")
     shapes = meta_model(row, scheme.base)
     weights = state = read = parameters = 0
     for part, numel, w, s in _stored(shapes, scheme):
@@ -139,8 +149,9 @@ def _cache_bytes(row: catalog.Model, base: str, tokens: int) -> int:
     import torch
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with torch.inference_mode():
-        out = meta_model(row, base)(ids, use_cache=True)
+    with torch.inference_mode(), hub.explained(row):
+        # with a mask, since some models look for padding where there is none, and here are no values
+        out = meta_model(row, base)(ids, attention_mask=torch.ones_like(ids), use_cache=True)
     cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
     held = [vars(layer).values() for layer in getattr(cache, "layers", [])]
     tensors = [t for values in held for t in values if isinstance(t, torch.Tensor) and t.is_floating_point()]

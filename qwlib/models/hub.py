@@ -59,7 +59,7 @@ def gguf_folder(name: str) -> tuple[str, str | None]:
     folder = files.cache_dir() / "gguf" / files.sha256_text(str(path))[:12] / path.stem
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
-        (folder / path.name).symlink_to(path)
+        (folder / f"{path.stem}.gguf").symlink_to(path)  # whatever case its ending has
     return str(folder), commit
 
 
@@ -81,23 +81,25 @@ def fetch_data(repository: str, path: str) -> str:
 @contextlib.contextmanager
 def explained(row) -> Iterator[None]:
     """Errors of the Hub, of a checkpoint and of the allocator as one line; `row` is a `catalog.Model`."""
-    import safetensors
-
     try:
         yield
     except QwlibError:
         raise
-    except (OSError, ValueError, ImportError, safetensors.SafetensorError, transport_error()) as error:
-        message = _of_the_hub(row, error)
-        if message:
-            raise QwlibError(message) from None
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QwlibError(f"{row.name} can't be loaded: {first}") from error
-    except RuntimeError as error:
+    except Exception as error:  # configurations and tokenizers are read by code that raises whatever it raises
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             # without its frames, which would keep what was loaded so far
             raise QwlibError(f"out of memory while loading {row.name}: choose a scheme with fewer bits") from None
-        raise
+        if message := _of_the_hub(row, error):
+            raise QwlibError(message) from None
+        raise QwlibError(f"{row.name} can't be loaded: {point(error)}") from error
+
+
+def point(error: BaseException) -> str:
+    """What an error says, in one line: with its type where words alone don't tell, all lines where the first ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines) if lines and lines[0].endswith(":") else lines[0] if lines else ""
+    plain = isinstance(error, OSError | ValueError | ImportError)
+    return (said if plain and said else f"{type(error).__name__}: {said}".removesuffix(": "))[:400]
 
 
 def transport_error() -> type[Exception]:

@@ -34,6 +34,21 @@ def read(name: str | None = None) -> tuple[str, str]:
     return text, Path(name).name
 
 
+def checked(text: str, what: str = "the text") -> str:
+    """The text itself if it is one and can be written in UTF-8.
+
+    Raises QwlibError that names it `what`: half of a surrogate pair, as JSON can hold it, is no character to any tokenizer.
+    """
+    if not isinstance(text, str):
+        raise QwlibError(f"{what} is no text but a {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])
+        raise QwlibError(f"{what} holds half of a character, {found} at {error.start}: take it out") from None
+    return text
+
+
 def _wikitext_rows() -> list[str]:
     try:
         import pyarrow.parquet

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import QwlibError
 from ..machine import memory
+from ..models import limits
 
 
 class NoGraph(QwlibError):
@@ -24,10 +25,11 @@ class NoGraph(QwlibError):
 
 @dataclass
 class Prefix:
-    """Token ids that stand before every row, and their keys and values where an engine kept them."""
+    """Token ids that stand before every row, and their keys and values where an engine kept them; `why` where it could not."""
 
     ids: list[int]
     kept: Any = None
+    why: str = ""
 
 
 @dataclass
@@ -58,18 +60,18 @@ class Transformers:
 
     @property
     def longest(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return limits.positions(self.model.config)
 
     @property
     def stops(self) -> list[int]:
         """Token ids that end an answer, the one that also pads (where the model names one) first."""
-        return [i for i in (self.model.generation_config.pad_token_id, *self.ends) if i is not None]
+        return [i for i in (self.model.generation_config.pad_token_id, *self.ends) if i in range(self.vocabulary)]
 
     @property
     def ends(self) -> list[int]:
         """Token ids that end an answer."""
         ends = self.model.generation_config.eos_token_id
-        return [i for i in (ends if isinstance(ends, list) else [ends]) if i is not None]
+        return [i for i in (ends if isinstance(ends, list) else [ends]) if i in range(self.vocabulary)]
 
     def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None, precise: bool = False):
         """(batch × positions × vocabulary), or the `last` positions only, on the device and in the model's type.
@@ -99,18 +101,23 @@ class Transformers:
         return scores[:, -last:] if last else scores
 
     def prefix(self, ids: list[int]) -> Prefix:
-        """The ids with the keys and values of one row."""
+        """The ids with the keys and values of one row; a cache that holds anything else is not kept (see `Lm.prefix`)."""
         import torch
+        from transformers.cache_utils import DynamicLayer
 
         wanted = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         with torch.inference_mode():
             read = self.model(torch.tensor([ids], device=self.device), use_cache=True, **wanted)
-        return Prefix(ids, getattr(read, "past_key_values", None))
+        kept = getattr(read, "past_key_values", None)
+        layers = getattr(kept, "layers", [None])
+        if not all(isinstance(layer, DynamicLayer) for layer in layers):  # a state, a convolution: no keys and values
+            return Prefix(ids, None, f"its cache holds {' and '.join(sorted({type(one).__name__ for one in layers}))}")
+        return Prefix(ids, kept)
 
     @property
     def _window(self) -> float:
         """How many positions back a layer looks: padding between a prefix and a row would take some of them away."""
-        return getattr(self.model.config, "sliding_window", None) or float("inf")
+        return limits.window(self.model.config) or float("inf")
 
     def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
         """(batch × new) on the host, greedy unless `sampling` (`sampling.Sampling`) says otherwise.
@@ -145,7 +152,7 @@ class Transformers:
             max_new_tokens=new_tokens,
             min_new_tokens=None if stop_at_eos else new_tokens,
             pad_token_id=next(iter(self.stops), 0),
-            eos_token_id=self.model.generation_config.eos_token_id,
+            eos_token_id=self.ends or None,
         )
         ids, mask = ids.to(self.device), mask.to(self.device)
         devices = [self.device] if self.device.type == "cuda" else []

@@ -8,14 +8,16 @@ Measurements are greedy, so that a run can be repeated. `use` chooses what decod
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .. import schemes
-from ..errors import QwlibError
-from ..models import catalog
-from . import engines, streaming
+from ..errors import QwlibError, whole_number
+from ..models import catalog, hub, texts
+from . import chats, engines, streaming
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Lm:
     engine: Any = None  # what executes it (`engines.py`)
     arithmetic: Any = None  # the type of products of several rows, where PyTorch calculates them (`arithmetic.py`)
     arithmetic_reason: str = ""
+    folder: str | None = None  # where its files lie
     saved: str | None = None  # the scheme that its files were quantized in, None if that was done while loading
     manifest: dict | None = None  # of the artefact that it was read from (`artefacts.py`)
     import_s: float = 0.0
@@ -55,18 +58,20 @@ class Lm:
     def encode(self, text: str | list[str], *, special: bool = True):
         """Token ids (batch × longest) on the host, shorter rows padded on the left with -1.
 
-        `special=False` leaves out the tokens that a tokenizer puts at the start: chat templates bring their own.
+        `special=False` leaves out the tokens that a tokenizer puts at the start: chat templates bring their own. What it puts
+        at the end is left out always (see `text_ids`).
         """
-        rows = self.tokenizer([text] if isinstance(text, str) else text, add_special_tokens=special, verbose=False)
-        return pad_left(rows.input_ids)
+        rows = [texts.checked(each) for each in ([text] if isinstance(text, str) else text)]
+        if not rows:
+            raise QwlibError("there is no text to encode")
+        return pad_left([text_ids(self.tokenizer, row, special=special)[0] for row in rows])
 
     def chat(self, *questions: str):
         """Token ids of one user message a row, in the model's chat format if it has one."""
         if not self.tokenizer.chat_template:
             return self.encode(list(questions))
-        chats = [[{"role": "user", "content": question}] for question in questions]
-        texts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-        return self.encode(texts, special=False)
+        asked = [[{"role": "user", "content": texts.checked(question, "a question")}] for question in questions]
+        return self.encode([chats.rendered(self.tokenizer, each, self.row.name) for each in asked], special=False)
 
     def use(self, engine: str | None = None) -> "Lm":
         """Decode with `eager` (transformers' `generate`), `graph` (a captured CUDA graph a step) or `compiled` (torch.compile,
@@ -109,7 +114,7 @@ class Lm:
 
     def generate(self, ids, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
         """The same with any of transformers' streamers; shapes as in `stream`."""
-        ids, mask = self._prepare(ids, new_tokens)
+        ids, mask = self._prepare(ids, whole_number(new_tokens, "new_tokens"))
         settings = {"streamer": streamer, "stop_at_eos": stop_at_eos, "sampling": sampling}
         return self.engine.generate(ids, mask, new_tokens=new_tokens, **settings)
 
@@ -119,7 +124,9 @@ class Lm:
         `after`: a `prefix` that stands before every row. `precise`: the head in float32, since scores of 16 bits come in steps of
         an eighth or so. (batch × positions × vocabulary), on the model's device and, unless precise, in its type.
         """
-        return self.engine.logits(*self._prepare(ids, len(after.ids) if after else 0), last, after, precise)
+        ids, mask = self._prepare(ids, len(after.ids) if after else 0)
+        with self._read():
+            return self.engine.logits(ids, mask, last, after, precise)
 
     def prefix(self, ids: list[int]):
         """Token ids that many rows begin with, read once: `logits(rows, after=…)` takes the rows without them.
@@ -127,7 +134,22 @@ class Lm:
         Where the backend can't keep what it read, they are read again with every row, and only the answer is the same.
         """
         self._prepare([ids])
-        return self.engine.prefix(list(ids))
+        with self._read():
+            return self.engine.prefix(list(ids))
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[None]:
+        """What a model's own code raises while it reads, in one line; the allocator's errors stay what they are."""
+        import torch
+
+        try:
+            yield
+        except (QwlibError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise QwlibError(
+                f"{self.row.name} in {self.scheme.name} can't read these ids: {hub.point(error)}"
+            ) from error
 
     def save(self, folder) -> None:
         """Write model and tokenizer with `save_pretrained`, quietly; `load(folder, scheme)` reads them back.
@@ -149,13 +171,27 @@ class Lm:
         with quiet():
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+        own = Path(self.folder or "") / "generation_config.json"
+        if own.is_file():  # the publisher's, of which only the ids are used here: measuring is greedy
+            shutil.copy(own, folder)
 
     def _prepare(self, ids, new_tokens: int = 0):
         import torch
 
-        ids = ids if isinstance(ids, torch.Tensor) else pad_left(ids)
-        if ids.dim() != 2 or ids.shape[1] == 0:
+        if not isinstance(ids, torch.Tensor):
+            try:
+                ids = pad_left(ids)
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise QwlibError("token ids are rows of whole numbers: `encode` makes them of a text") from None
+        if ids.dim() != 2 or not ids.numel():
             raise QwlibError(f"token ids must be a batch of rows with at least one token, not {tuple(ids.shape)}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
+            raise QwlibError(f"token ids are whole numbers, not {ids.dtype}")
+        if not bool((ids >= 0).any(1).all()):
+            empty = int((ids >= 0).any(1).long().argmin())
+            raise QwlibError(f"row {empty} (from 0) has no token: a model continues at least one")
+        if int(ids.min()) < -1:
+            raise QwlibError(f"token id {int(ids.min())} is no word: only -1, which pads on the left, is below 0")
         if int(ids.max()) >= self.vocabulary:
             raise QwlibError(f"token id {int(ids.max())} is outside the model's {self.vocabulary} words")
         mask = (ids >= 0).long()
@@ -163,6 +199,24 @@ class Lm:
         if self.longest and most + new_tokens > self.longest:
             raise QwlibError(f"{most} + {new_tokens} tokens are more than the model's {self.longest} positions")
         return ids.where(ids >= 0, next(iter(self.engine.stops), 0)), mask
+
+
+def text_ids(tokenizer, text: str, *, special: bool = True, places: bool = False) -> tuple[list[int], list | None]:
+    """(token ids of a text, where each stands in it if `places` are asked for), without what a tokenizer puts behind the text.
+
+    Some end every text with their end-of-text token: it is no part of what was written, and nothing can follow it.
+    """
+    found = tokenizer(
+        text,
+        add_special_tokens=special,
+        return_special_tokens_mask=True,
+        return_offsets_mapping=places,
+        verbose=False,
+    )
+    length = len(found.input_ids)
+    while length and found.special_tokens_mask[length - 1] and any(not each for each in found.special_tokens_mask):
+        length -= 1
+    return found.input_ids[:length], found["offset_mapping"][:length] if places else None
 
 
 def pad_left(rows: list[list[int]]):

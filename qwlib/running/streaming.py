@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from ..errors import QwlibError
 from ..machine.clock import Clock
 
 
@@ -109,6 +110,9 @@ def text_chunks(lm, ids, *, new_tokens: int) -> Iterator[str]:
     import threading
 
     from transformers import TextIteratorStreamer
+
+    if len(ids) != 1:
+        raise QwlibError(f"text_chunks follows one row, not {len(ids)}: call it for each")
 
     abandoned, failure = threading.Event(), []
 

@@ -1,5 +1,7 @@
 """bitsandbytes' faults, each shown and each worked around; a test that fails here may mean that one was mended upstream."""
 
+import shutil
+
 import bitsandbytes
 import pytest
 import torch
@@ -206,3 +208,29 @@ def test_saving_a_quantized_embedding_is_refused(tmp_path, shallow):
                 lm.save(tmp_path)
             with pytest.raises(NotImplementedError):
                 lm.model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("family", ["falcon", "mamba"])
+def test_what_is_not_quantized_or_not_read_as_planned_is_one_line(scheme, family, shallow, tmp_path):
+    """Falcon has a linear layer of its own, which transformers passes over; Mamba's kernels reach for the weights themselves."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "state_size": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    for path in shallow.glob("*token*"):
+        shutil.copy(path, tmp_path)
+    said = ""
+    try:
+        with qwlib.load(str(tmp_path), scheme, device="cpu") as lm:
+            assert lm.logits([[5, 6, 7]]).isfinite().all()
+    except qwlib.QwlibError as error:
+        said = str(error)
+    assert "\n" not in said
+    if family == "falcon":
+        assert "of 10 layers are not quantized as planned, transformer.h.0.self_attention.query_key_value" in said
+    else:
+        assert said == "" or "can't read these ids" in said
+    with qwlib.load(str(tmp_path), "bf16", device="cpu") as lm:
+        assert lm.logits([[5, 6, 7]]).isfinite().all()

@@ -544,6 +544,12 @@ def test_the_noise_floor_counts_flips_and_says_what_none_means():
     ("work", "message"),
     [
         (lambda: classify.evaluate([], []), "no rows: give at least one score"),
+        (
+            lambda: classify.evaluate(["high", 0.1], [1, 0]),
+            "score 'high' in row 0 is no number: NaN says that there is none",
+        ),
+        (lambda: classify.evaluate(["0.5", 0.1], [1, 0]), "score '0.5' in row 0 is no number"),
+        (lambda: classify.evaluate(0.5, [1, 0]), "scores and labels are one a row, not '0.5'"),
         (lambda: classify.evaluate([0.5], [1, 0]), "scores are not one a row: give 2, NaN where there is none"),
         (lambda: classify.evaluate([[0.5], [0.5]], [1, 0]), "scores are not one a row: give 2"),
         (lambda: classify.evaluate([0.5, 0.1], [1, 0], errors=[True]), "not one a row: give 2"),
@@ -566,7 +572,7 @@ def test_the_noise_floor_counts_flips_and_says_what_none_means():
         (lambda: classify.compare([0.1], [0.1], [0], threshold_b=-1), "threshold -1 is outside"),
         (lambda: classify.compare([0.1], [0.1], [0], threshold=-1, threshold_b=0.5), "threshold -1 is outside"),
         (lambda: classify.noise_floor([0.1], [0.1], threshold=2), "threshold 2 is outside"),
-        (lambda: classify.reliability([0.1], [0], bins=0), "0 bins hold no score: use at least 1"),
+        (lambda: classify.reliability([0.1], [0], bins=0), "bins is a whole number of at least 1, not 0"),
         (lambda: classify.fit_threshold([0.1, 0.2], [1, 1]), "a threshold needs unsafe and safe rows that have scores"),
         (lambda: classify.fit_threshold([0.1, NAN], [1, 0]), "a threshold needs unsafe and safe rows that have scores"),
         (lambda: classify.interval([0.1], [0], "accuracy"), "no interval for 'accuracy': use one of precision, recall"),
@@ -581,3 +587,24 @@ def test_mistakes_are_told_in_one_line(work, message):
     with pytest.raises(QwlibError, match=message) as told:
         work()
     assert "\n" not in str(told.value)
+
+
+def test_rows_may_come_in_any_kind_of_sequence():
+    import pandas
+
+    scores, labels = [0.9, 0.2, None, 0.6, 0.1], [1, 0, 1, 1, 0]
+    wanted = classify.evaluate([0.9, 0.2, float("nan"), 0.6, 0.1], labels)
+    assert wanted["errors"] == 1
+    for kind in (
+        list,
+        tuple,
+        iter,
+        lambda x: numpy.array(x, dtype=object),
+        lambda x: pandas.Series(x, dtype="Float64"),
+    ):
+        assert classify.evaluate(kind(scores), kind(labels)) == wanted
+    made = [classify.interval(kind(scores), kind(labels), "recall", resamples=100) for kind in (list, iter)]
+    assert made[0] == made[1]
+    made = [classify.compare(kind(scores), kind(scores), kind(labels), resamples=100) for kind in (list, iter)]
+    assert made[0] == made[1]
+    assert classify.noise_floor(iter(scores), iter(scores))["flips"] == 0

@@ -1,6 +1,7 @@
 """Labelled messages: the project's own, and what comes from files."""
 
 import collections
+import csv
 import itertools
 import json
 import re
@@ -118,6 +119,29 @@ def test_rows_of_aegis(tmp_path):
         ("a.jsonl", "{", "can't be read as CSV, JSON or JSONL"),
         ("a.json", '{"prompt": "x"}', "is no list of rows"),
         ("a.jsonl", '{"prompt": "x", "label": "safe", "response": "y", "response_label": "bad"}', "is labelled 'bad'"),
+        (
+            "a.csv",
+            "label,prompt\nsafe,a\n\nunsafe,a, b\n",
+            "line 4 of a.csv has 3 cells, its head 2: put texts with commas",
+        ),
+        ("a.csv", "label,prompt\nsafe\n", "line 2 of a.csv has 1 cells, its head 2"),
+        ("a.csv", "prompt,label,prompt\na,safe,b\n", "a.csv has two columns called 'prompt'"),
+        ("a.csv", 'prompt,label\n"a"b,safe\n', "can't be read as CSV"),
+        ("a.csv", 'prompt,label\n"a,safe\n', "can't be read as CSV"),
+        ("a.jsonl", '{"prompt": "a", "label": "safe", "label": "unsafe"}\n', "two values are called 'label'"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"content": "a"}], "label": "safe"}\n',
+            "row 1 of a.jsonl: its prompt is no text but a list",
+        ),
+        ("a.jsonl", '{"prompt": 7, "label": "safe"}\n', "row 1 of a.jsonl: its prompt is no text but a int"),
+        ("a.jsonl", '{"prompt": "a", "label": "safe", "response": ["b"]}\n', "its response is no text"),
+        (
+            "a.jsonl",
+            '{"prompt": "half \\ud83d", "label": "safe"}\n',
+            "its prompt holds half of a character, '\\ud83d' at 5",
+        ),
+        ("a.json", '{"prompt":"a","label":"safe"}\n{"prompt":', "can't be read as CSV, JSON or JSONL: Extra data"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, name, text, message):
@@ -142,6 +166,24 @@ def test_texts_are_cut_at_no_odd_place(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(QwlibError, match="can't be read"):
         labelled.load(str(tmp_path / "deep.json"))
+
+
+def test_messages_are_taken_byte_for_byte(tmp_path):
+    long = "a" * 200_000
+    path = tmp_path / "set.csv"
+    path.write_bytes(f'prompt,label\r\n"one\r\ntwo\n three",safe\r\n\r\n" {long}",unsafe\r\n'.encode())
+    assert labelled.load(str(path)).prompts == ["one\r\ntwo\n three", f" {long}"]
+    assert csv.field_size_limit() == 131_072  # other readers' limit is as it was
+    path = tmp_path / "lines.json"  # as `datasets` writes them
+    path.write_bytes(b'{"prompt":"a\\r\\nb","label":"safe"}\r\n{"prompt":"c","label":"unsafe"}\n')
+    assert labelled.load(str(path)).prompts == ["a\r\nb", "c"]
+
+
+@pytest.mark.parametrize("source", ["word " * 2000, "~nobody-of-this-name/x.csv", "a\0b", "", None, 7])
+def test_what_is_no_name_of_a_set(source):
+    with pytest.raises(QwlibError, match="no such set of messages") as caught:
+        labelled.load(source)
+    assert len(str(caught.value)) < 300
 
 
 def test_sets_that_are_not_there(own):

@@ -7,6 +7,7 @@ import qwlib
 from qwlib.errors import QwlibError
 from qwlib.running import lm as lms
 from qwlib.running import streaming
+from qwlib.running.engines import Transformers
 from qwlib.running.lm import Lm
 from qwlib.running.stepwise import Stepwise
 
@@ -121,3 +122,43 @@ def test_what_it_can_not_do_is_told(lm, twin):
     with pytest.raises(QwlibError, match="outside the model's"):
         twin.logits(torch.tensor([[lm.vocabulary]]))
     assert twin.engine.held() == {"weights_bytes": 1000, "state_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        (
+            "qwen3_next",
+            {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1},
+        ),
+        ("llama", {}),
+    ],
+)
+def test_a_prefix_is_kept_as_keys_and_values_or_read_again(family, sizes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    plain = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    plain |= {"num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 128, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(plain | sizes))).eval()
+    engine = Transformers(model, torch.device("cpu"))
+    ids, rows = [7, 8, 9, 10, 11, 12], torch.tensor([[20, 21, 22], [0, 30, 31]])
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    prefix = engine.prefix(ids)
+    assert (prefix.kept is None) is (family != "llama")
+    assert ("its cache holds" in prefix.why) is (family != "llama")
+    got = engine.logits(rows, mask, 1, prefix)[:, -1]
+    for row, found in zip(([20, 21, 22], [30, 31]), got, strict=True):
+        whole = torch.tensor([ids + row])
+        wanted = engine.logits(whole, torch.ones_like(whole), 1)[0, -1]
+        assert torch.allclose(found, wanted, atol=1e-4)
+        assert not torch.allclose(
+            found, engine.logits(whole[:, 1:], torch.ones_like(whole[:, 1:]), 1)[0, -1], atol=1e-4
+        )
