@@ -1,6 +1,5 @@
 """The command line: models, schemes, backends, estimate, quantize, merge, bench, publish, run, nightly, links."""
 
-import ast
 import contextlib
 import sys
 from pathlib import Path
@@ -96,7 +95,10 @@ def estimate(
     model: ModelName = None,
     scheme: SchemeNames = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
-    context: Annotated[int, typer.Option(min=1, help="tokens in the key-value cache")] = 2048,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens in the key-value cache; else 2048, or as many as the model has positions"),
+    ] = None,
 ) -> None:
     """Predict memory from shapes alone; nothing is loaded."""
     from .models import estimates
@@ -108,9 +110,7 @@ def estimate(
     for e in found:
         parts = (e.weights_bytes, e.state_bytes, e.kv_bytes, e.total_bytes)
         rows.append([e.scheme, *(f"{part / 1e9:.3f}" for part in parts)])
-    title = (
-        f"{row.name}, {e.parameters / 1e9:.3f} billion parameters; GB (10⁹ bytes); cache of {batch} × {context} tokens"
-    )
+    title = f"{row.name}, {e.parameters / 1e9:.3f} billion parameters; GB (10⁹ bytes); cache of {batch} × {e.context} tokens"
     _table(title, ["scheme", "weights", "state", "cache", "total"], rows)
 
 
@@ -254,16 +254,12 @@ def publish(
         print("nothing was sent: --yes sends it")
 
 
-def _setting(text: str) -> tuple[str, object]:
-    """NAME=VALUE: numbers and True or False as such, all else a text."""
+def _setting(text: str) -> tuple[str, str]:
+    """NAME=VALUE; the notebook that declares the name says of what kind the value is."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise QwlibError(f"--set takes NAME=VALUE, such as ROWS=176, not {text!r}")
-    try:
-        found = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-    return name, found if isinstance(found, bool | int | float) else value
+    return name, value
 
 
 @app.command()

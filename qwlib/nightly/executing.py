@@ -2,8 +2,9 @@
 
     python -m qwlib.nightly.executing JOB.json      # {"notebook", "executed", "parameters", "ended"}: four paths and a table
 
-papermill 2.7 calls these a success: a failed `!command` or `%pip`, a `sys.exit(0)` half-way, a parameter that the notebook does
-not declare. Commands are made to raise in the kernel, parameters are looked up first, and cells that never ran are counted.
+papermill 2.7 calls these a success: a failed `!command`, `x = !command` or `%pip`, `exit()`, a `sys.exit(0)` half-way, a
+parameter that the notebook does not declare, or declares as something else. Commands and `exit` are made to raise in the kernel,
+parameters are looked up first (`parameters`), and cells that never ran are counted.
 How it ended goes into the file `ended`, as JSON: status, category, reason, exception. Whether it wrote its record is for
 `runner` to see. The process holds its parent's pipe as standard input: once that closes, the parent is dead, and the kernel and
 whatever it started are ended too.
@@ -12,30 +13,59 @@ whatever it started are ended too.
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 from .. import files
+from ..errors import QwlibError
 from ..machine.processes import without
+from .parameters import checked
 
 MARK = "QWLIB_RUN"  # in the environment of every process of one notebook: what runs under it can be found, and ended
 _STRICT = "from qwlib.nightly import executing; executing.strict()"
 
 
 def strict() -> None:
-    """In a kernel: a `!command` or `%pip` that fails raises. (`x = !command` has no exit code to see.)"""
+    """In a kernel: what would be passed over raises.
+
+    That is a `!command`, `x = !command` or `%pip` that fails, `exit` and `quit` (a kernel goes on after them), and an unknown
+    magic, which IPython tells on standard error alone, so that papermill has no reason to show.
+    """
     from IPython import get_ipython
+    from IPython.core.autocall import ExitAutocall
+    from IPython.utils.text import LSString, SList
 
     shell = get_ipython()
     plain = shell.system
 
+    def failed(command, code):
+        return RuntimeError(f"the command `{command}` ended with exit code {code}")
+
     def system(command):
         plain(command)
         if code := shell.user_ns.get("_exit_code", 0):
-            raise RuntimeError(f"the command `{command}` ended with exit code {code}")
+            raise failed(command, code)
 
-    shell.system = system
+    def getoutput(command, split=True, depth=0):
+        call = shell.var_expand(command, depth=depth + 1)
+        done = subprocess.run(
+            call, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        if done.returncode:
+            raise failed(command, done.returncode)
+        return SList(done.stdout.splitlines()) if split else LSString(done.stdout)
+
+    class Ends(ExitAutocall):
+        def __call__(self, *_):
+            raise RuntimeError(
+                "exit() and quit() end nothing in a notebook: raise an error, or take the cells behind it out"
+            )
+
+    shell.system, shell.getoutput = system, getoutput
+    shell.user_ns["exit"] = shell.user_ns["quit"] = Ends(shell)
+    shell.show_usage_error = lambda error: shell._showtraceback(type(error), error, [f"UsageError: {error}"])
 
 
 def processes(mark: str) -> list:
@@ -71,17 +101,18 @@ def execute(notebook: Path, executed: Path, parameters: dict) -> dict:
         import nbclient.exceptions
         import papermill
 
+    try:
+        wanted = checked(notebook, parameters)
+    except QwlibError as error:
+        return _ended("error", "parameters", str(error))
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else each kernel prints a warning about frozen modules
     try:
-        declared = papermill.inspect_notebook(str(notebook))
-        if unknown := sorted(set(parameters) - set(declared)):
-            reason = f"the parameters cell does not declare {', '.join(unknown)}"
-            return _ended("error", "unknown parameter", reason)
         papermill.execute_notebook(
             str(notebook),
             str(executed),
-            parameters=parameters,
+            parameters=wanted,
             kernel_name="python3",
+            language="python",  # else a notebook whose metadata name no kernel is refused
             cwd=str(notebook.parent),
             progress_bar=False,
             coalesce_streams=True,  # a streamed sentence is one output, not one a word

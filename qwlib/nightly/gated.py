@@ -3,6 +3,7 @@
 They are read from the rows of the notebooks' records, which follow no schema of their own: what a row does not have is no figure.
 """
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -28,8 +29,15 @@ class Figure:
     less: bool = False
 
 
-def figures(outcomes: list) -> dict[str, Figure]:
-    """The gated figures of the notebooks that passed, by name: `notebook/model/row/figure`."""
+# what reading a row can raise that does not hold what its keys promise
+ODD = (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError)
+
+
+def figures(outcomes: list, odd: list[str] | None = None) -> dict[str, Figure]:
+    """The gated figures of the notebooks that passed, by name: `notebook/model/row/figure`.
+
+    A row that can't be read costs its own figures; its name is added to `odd`.
+    """
     found = {}
     for outcome in outcomes:
         if outcome.status != "passed":
@@ -38,9 +46,13 @@ def figures(outcomes: list) -> dict[str, Figure]:
         own = rows(outcome)
         for name, row in own.items():
             if "failure" not in row:
-                each = _bytes(row) | _quality(row) | _guard(row) | _speed(row, own.get(_reference(name)))
-                found |= {f"{name}/{key}": figure for key, figure in each.items()}
-    return {name: figure for name, figure in found.items() if math.isfinite(figure.value)}
+                try:
+                    each = _bytes(row) | _quality(row) | _guard(row) | _speed(row, own.get(_reference(name)))
+                    found |= {f"{name}/{key}": each[key] for key in each if math.isfinite(each[key].value)}
+                except ODD:
+                    if odd is not None:
+                        odd.append(name)
+    return found
 
 
 def given(outcomes: list) -> dict[str, dict]:
@@ -48,20 +60,20 @@ def given(outcomes: list) -> dict[str, dict]:
     found = {}
     for outcome in outcomes:
         for name, row in rows(outcome).items() if outcome.status == "passed" else ():
-            model = row.get("model") or outcome.record.get("model", {})
-            facts = {"weights": model.get("sha256"), "revision": model.get("revision")}
-            scored, timed = row.get("quality", {}), row.get("speed", {})
-            facts |= {
-                "text": scored.get("text_sha256"),
-                "protocol": scored.get("protocol"),
-                "tokens": scored.get("tokens"),
-            }
-            facts |= {key: timed.get(key) for key in ("engine", "batch", "prompt_tokens", "new_tokens")}
-            facts |= {"messages": row.get("guard", {}).get("n"), "file": row.get("artefact", {}).get("sha256")}
-            known = outcome.record["env"]["packages"]  # named once for all rows
-            facts |= {key: v for key, v in row.get("artefact", {}).get("tools", {}).items() if key not in known}
-            found[name] = {key: _short(value) for key, value in facts.items() if value is not None}
+            with contextlib.suppress(*ODD):
+                found[name] = _facts(row, outcome.record)
     return found
+
+
+def _facts(row: dict, record: dict) -> dict:
+    model, known = row.get("model") or record.get("model", {}), record["env"]["packages"]  # named once for all rows
+    scored, timed, file = row.get("quality", {}), row.get("speed", {}), row.get("artefact", {})
+    facts = {"weights": model.get("sha256"), "revision": model.get("revision"), "text": scored.get("text_sha256")}
+    facts |= {key: scored.get(key) for key in ("protocol", "tokens")}
+    facts |= {key: timed.get(key) for key in ("engine", "batch", "prompt_tokens", "new_tokens")}
+    facts |= {"messages": row.get("guard", {}).get("n"), "file": file.get("sha256")}
+    facts |= {key: version for key, version in file.get("tools", {}).items() if key not in known}
+    return {key: _short(value) for key, value in facts.items() if value is not None}
 
 
 def _short(value):
@@ -73,10 +85,11 @@ def rows(outcome) -> dict[str, dict]:
     record, found = outcome.record, {}
     for row in record.get("rows", []):
         model = row.get("model") or record.get("model", {})
+        model = model if isinstance(model, dict) else {"name": model}
         label = row.get("scheme") or row.get("options") or "row"
-        label = label["name"] if isinstance(label, dict) else label
+        label = label.get("name", "row") if isinstance(label, dict) else label
         weights = "-random" if model.get("weights") == "random" else ""
-        parts = (outcome.name, model.get("name", "model") + weights, label)
+        parts = (outcome.name, f"{model.get('name', 'model')}{weights}", str(label))
         name = "/".join(part.replace("/", "--").replace(" ", "_") for part in parts)
         number = 1
         while (numbered := name if number == 1 else f"{name}#{number}") in found:

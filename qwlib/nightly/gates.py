@@ -184,7 +184,10 @@ def cause(then: dict, now: dict, was: dict, given: dict) -> str:
 
 def path_of(folder: Path, device: str) -> Path:
     """Where a device's baseline stands."""
-    return Path(folder) / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    if not device.isascii() or not name:  # letters that the name lost may be all that tells two devices apart
+        name = f"{name}-{files.sha256_text(device)[:8]}".lstrip("-")
+    return Path(folder) / f"{name}.json"
 
 
 def read(path: Path) -> dict | None:

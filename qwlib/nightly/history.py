@@ -4,11 +4,10 @@
      "figures": {name: value}, "regressions": [name], "suspects": [name], "accepted": true after --update-baseline}
 
 A line that a crash or a full disk cut short is reported by its number and skipped; it stays in the file, and the next night
-begins a line of its own. Of two lines of one night (a resumed one), the later counts.
+begins a line of its own. Of two lines of one night on one device (a resumed one), the later counts.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -59,7 +58,10 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def read(path: Path, *, size: str) -> tuple[list[dict], list[str]]:
-    """(the nights of this size, oldest first; a line for a reader on each line that is damaged)."""
+    """(the nights of this size in the file's order; a line for a reader on each line that is damaged).
+
+    The order is that in which they were appended: a clock that was wrong for one night changes nothing.
+    """
     nights, damaged = {}, []
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -72,15 +74,14 @@ def read(path: Path, *, size: str) -> tuple[list[dict], list[str]]:
             night = json.loads(line)
             if why := files.misfit(night, NIGHT):
                 raise ValueError(why)
-            if not all(map(math.isfinite, night["figures"].values())):
-                raise ValueError("a figure that is no number")
         except ValueError as error:
             damaged.append(f"{Path(path).name}, line {number} is skipped: {str(error)[:100]}")
             continue
         if night["size"] == size:
-            before = nights.get(night["night"], {})
-            nights[night["night"]] = night | ({"accepted": True} if before.get("accepted") else {})
-    return sorted(nights.values(), key=lambda night: night["night"]), damaged
+            key = night["device"], night["night"]
+            before = nights.pop(key, {})
+            nights[key] = night | ({"accepted": True} if before.get("accepted") else {})
+    return list(nights.values()), damaged
 
 
 def past(nights: list[dict]) -> gates.Past:

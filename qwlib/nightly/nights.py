@@ -72,9 +72,9 @@ def run(
         raise QwlibError(f"there are no notebooks in {notebooks}: start in the project's folder")
     with alone(out):
         folder, began = _last(out, size) if resume else _begin(out, size)
-        night = Night(folder, size, "", [plan.path.stem for plan in plans])
+        night = Night(folder, size, "", [plan.name for plan in plans])
         for plan in plans:
-            executing.end(str(folder / plan.path.stem))  # what a killed night left running
+            executing.end(str(folder / plan.name))  # what a killed night left running
             outcome = runner.kept(plan, folder, began) if resume else None
             if outcome:
                 print(f"{outcome.name} passed before, and its record is valid", flush=True)
@@ -105,7 +105,8 @@ def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
     with _told(night, "the history could not be read"):
         nights, damaged = history.read(kept, size=night.size)
         night.notes += damaged
-    before = next((each for each in nights if each["night"] == night.folder.name), {})  # judged, and now judged again
+    mine = {"night": night.folder.name, "device": night.device}
+    before = next((each for each in nights if mine.items() <= each.items()), {})  # judged, and now judged again
     nights = [each for each in nights if each is not before]
     mixed = _devices(night, nights)
     earlier = [each for each in nights if each["device"] == night.device]
@@ -114,6 +115,9 @@ def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
         night.notes.append(
             f"no baseline for {night.size} on {night.device}: --update-baseline accepts what was measured"
         )
+    odd: list[str] = []
+    gated.figures(night.outcomes, odd)
+    night.trouble += [f"{name} does not hold what its keys promise: it is not judged" for name in odd]
     past = history.past(earlier)
     if before.get("accepted"):  # its speed is the new norm, and not held to the old one
         past = gates.Past(packages=past.packages)

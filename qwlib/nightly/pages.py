@@ -1,8 +1,12 @@
 """Executed notebooks as HTML pages that fetch nothing and run nothing: nbconvert makes them, what could act is taken out.
 
+A notebook that can't be shown costs its own page, which then says why. Cleaning takes 3.5 seconds a megabyte of HTML (one core of
+an AMD EPYC), so that outputs above `LARGEST`, and what comes after `MOST` in all, are named by their size instead.
+
 Formulas become MathML, which browsers draw by themselves: https://developer.mozilla.org/docs/Web/MathML.
 """
 
+import html
 import json
 import re
 from pathlib import Path
@@ -15,6 +19,7 @@ MATH = "math mrow mi mo mn msub msup msubsup mfrac msqrt mtext mspace munder mov
 SHOWN = ("text/html", "text/markdown", "text/plain", "image/png")  # of what a cell put out; the rest could act
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
 HEAD = f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+LARGEST, MOST = 300_000, 1_500_000  # characters of text and HTML: of one output, and of a page
 CODE = "<style>.jp-RenderedMarkdown code, .jp-RenderedMarkdown pre { font-family: monospace; }</style>"
 
 
@@ -43,19 +48,29 @@ def write(executed: Path | None) -> str:
     """Write the page beside an executed notebook, if it is not there; its name, or nothing where there is no copy."""
     if not cells(executed):
         return ""
+    own = executed.stem if executed.stem.lower() != "index" else "index-notebook"  # index.html is the run's own page
+    page = executed.with_name(f"{own}.html")
+    if not page.exists() or page.stat().st_mtime_ns < executed.stat().st_mtime_ns:
+        try:
+            body = _rendered(executed)
+        except Exception as error:  # a missing attachment, a table too deep: whatever a notebook holds, the run goes on
+            why = html.escape(f"{type(error).__name__}: {error}"[:500])
+            body = f"<html><head></head><body><h1>This notebook can't be shown</h1><p>{why}</p>"
+            body += f"<p>What it put out is in {html.escape(executed.name)}.</p></body></html>"
+        files.write_text(page, body.replace("<head>", HEAD, 1).replace("</head>", f"{CODE}</head>", 1))
+    return page.name
+
+
+def _rendered(executed: Path) -> str:
     with without("rfc3987_syntax"):
         from nbconvert import HTMLExporter
     from traitlets.config import Config
 
-    page = executed.with_suffix(".html")
-    if not page.exists() or page.stat().st_mtime_ns < executed.stat().st_mtime_ns:
-        urls = dict.fromkeys(("mathjax_url", "require_js_url", "mermaid_js_url", "jquery_url"), "")
-        tags = Config(SanitizeHTML={"tags": _harmless_tags()})
-        exporter = HTMLExporter(config=tags, sanitize_html=True, filters={"clean_html": _clean}, **urls)
-        body, _ = exporter.from_notebook_node(_shown(executed))
-        body = re.sub(r"(?is)<script\b.*?</script>", "", body)  # the template's own: nothing is to run
-        files.write_text(page, body.replace("<head>", HEAD, 1).replace("</head>", f"{CODE}</head>", 1))
-    return page.name
+    urls = dict.fromkeys(("mathjax_url", "require_js_url", "mermaid_js_url", "jquery_url"), "")
+    tags = Config(SanitizeHTML={"tags": _harmless_tags()})
+    exporter = HTMLExporter(config=tags, sanitize_html=True, filters={"clean_html": _clean}, **urls)
+    body, _ = exporter.from_notebook_node(_shown(executed))
+    return re.sub(r"(?is)<script\b.*?</script>", "", body)  # the template's own: nothing is to run
 
 
 def _shown(executed: Path):
@@ -64,7 +79,15 @@ def _shown(executed: Path):
     """
     import nbformat
 
-    notebook = nbformat.read(executed, as_version=4)
+    notebook, left = nbformat.read(executed, as_version=4), MOST
+
+    def fits(text: str) -> bool:
+        nonlocal left
+        if len(text) > min(LARGEST, left):
+            return False
+        left -= len(text)
+        return True
+
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if "data" in output:
@@ -73,6 +96,12 @@ def _shown(executed: Path):
                 output["data"] = shown or {"text/plain": f"(an output of kind {', '.join(output['data'])})"}
                 if html_text := output["data"].get("text/html"):
                     output["data"]["text/html"] = re.sub(r"(?is)<style.*?</style>", "", html_text)
+                for kind, text in shown.items():
+                    if kind.startswith("text/") and not fits(output["data"][kind]):
+                        output["data"] = {"text/plain": f"(too long for this page: {len(text):,} characters of {kind})"}
+                        break
+            elif not fits(output.get("text", "")):
+                output["text"] = f"(too long for this page: {len(output['text']):,} characters)"
     return notebook
 
 
@@ -92,8 +121,6 @@ def _clean(fragment) -> str:
 
 def _formulas(text: str) -> str:
     """`$…$` and `$$…$$` as MathML, outside of code; what the converter does not read stays as it was."""
-    from html import unescape
-
     from bleach import clean
     from latex2mathml.converter import convert
 
@@ -101,7 +128,9 @@ def _formulas(text: str) -> str:
         if found["code"]:
             return found["code"]
         try:
-            made = convert(unescape(found["block"] or found["line"]), display="block" if found["block"] else "inline")
+            made = convert(
+                html.unescape(found["block"] or found["line"]), display="block" if found["block"] else "inline"
+            )
         except Exception:  # it raises its own errors and others
             return found[0]
         attributes = {"math": ["xmlns", "display"], "mo": ["stretchy", "fence", "form"], "*": ["mathvariant"]}

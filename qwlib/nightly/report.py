@@ -17,17 +17,27 @@ TEMPLATE = Path(__file__).parent / "report.html"
 GOOD, BAD = ("passed", "fine", "accepted"), ("failed", "timeout", "error", "regression")
 
 
-def write(folder: Path, outcomes: list) -> Path:
-    """Write `index.html` into a run's folder, and each executed notebook as a page beside it."""
-    passed = sum(o.status == "passed" for o in outcomes)
-    verdict, fine = f"{passed} of {len(outcomes)} notebooks passed", passed == len(outcomes)
-    return _render(folder, outcomes, verdict=verdict, fine=fine, where=_where(folder, outcomes))
+def write(folder: Path, outcomes: list, names: list[str] | None = None) -> Path:
+    """Write `index.html` into a run's folder, and each executed notebook as a page beside it.
+
+    `names` are those of all notebooks of the run, where it is not at its end: it may be interrupted.
+    """
+    names = names or [o.name for o in outcomes]
+    passed, waiting = sum(o.status == "passed" for o in outcomes), _waiting(names, outcomes)
+    verdict = f"{passed} of {len(names)} notebooks passed"
+    verdict = f"Not finished: {verdict} so far" if waiting else verdict
+    fine, where = passed == len(names), _where(folder, outcomes)
+    return _render(folder, outcomes, waiting=waiting, verdict=verdict, fine=fine, where=where)
+
+
+def _waiting(names: list[str], outcomes: list) -> list[dict]:
+    done = {o.name for o in outcomes}
+    return [{"name": name, "status": "not run yet", "look": "soft"} for name in names if name not in done]
 
 
 def write_night(night) -> Path:
     """Write `index.html` and `summary.md` of a night as far as it is: half a night has a page too."""
-    done = {o.name for o in night.outcomes}
-    waiting = [{"name": name, "status": "not run yet", "look": "soft"} for name in night.names if name not in done]
+    waiting = _waiting(night.names, night.outcomes)
     names = {finding.name for finding in night.findings}
     trends = {name: [n["figures"][name] for n in night.nights if name in n["figures"]] for name in names}
     words = verdict(night)
@@ -76,12 +86,18 @@ def _render(folder: Path, outcomes: list, *, waiting: list = (), **parts) -> Pat
     template = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined).from_string(
         TEMPLATE.read_text("utf-8")
     )
-    drawn = [{"name": o.name, "figures": pages.figures(o.executed)} for o in outcomes]
+    drawn = [{"name": o.name, "figures": _figures(o.executed)} for o in outcomes]
     rows = [_row(outcome) for outcome in outcomes] + list(waiting)
     page = template.render(
         policy=pages.POLICY, notebooks=rows, drawn=[each for each in drawn if each["figures"]], **parts
     )
     return files.write_text(Path(folder) / "index.html", page)
+
+
+def _figures(executed: Path | None) -> list[tuple[str, str]]:
+    with contextlib.suppress(Exception):  # whatever a copy holds, the page of the run is written
+        return pages.figures(executed)
+    return []
 
 
 def _row(outcome) -> dict:

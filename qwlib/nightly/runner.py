@@ -7,10 +7,11 @@ goes on, and its memory is given back. One notebook's failure does not stop the 
 the next notebook starts.
 
     status    passed, failed (its code), timeout, error (ours: the harness, its parameters), skipped (with a reason)
-    category  cell error, kernel died, timeout, missing record, unknown parameter, harness; empty where it passed
+    category  cell error, kernel died, timeout, missing record, parameters, harness; empty where it passed
 """
 
 import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,12 +36,16 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN")
 
 @dataclass
 class Plan:
-    """What to do with one notebook: its parameters, its time limit, or the reason to skip it."""
+    """What to do with one notebook: its parameters, its time limit, or the reason to skip it; `name`: what its results go by."""
 
     path: Path
     parameters: dict = field(default_factory=dict)
     timeout_s: float = TIMEOUT_S
     skip: str = ""
+    name: str = ""
+
+    def __post_init__(self):
+        self.name = self.name or self.path.stem
 
 
 @dataclass
@@ -69,18 +74,30 @@ def run(plans: list[Plan], out: Path) -> tuple[list[Outcome], Path]:
         raise QwlibError("no notebooks to run: name some, or start in the project's folder")
     if missing := [str(plan.path) for plan in plans if not plan.path.is_file()]:
         raise QwlibError(f"no such notebook: {', '.join(missing)}")
+    plans, outcomes = _told_apart(plans), []
     folder = new_folder(Path(out).resolve())
-    outcomes = []
     for plan in plans:
         outcomes.append(execute(plan, folder))
-        report.write(folder, outcomes)
+        report.write(folder, outcomes, [each.name for each in plans])
         point_latest(folder)
     return outcomes, folder
 
 
+def _told_apart(plans: list[Plan]) -> list[Plan]:
+    """The plans, each under a name of its own: the second notebook called `a` goes by `a-2`."""
+    taken, out = set(), []
+    for plan in plans:
+        ends = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+        free = (f"{plan.name}{end}" for end in ends)
+        name = next(name for name in free if name.lower() not in taken)  # some file systems know no capitals
+        taken.add(name.lower())
+        out.append(replace(plan, name=name))
+    return out
+
+
 def execute(plan: Plan, folder: Path) -> Outcome:
     """One notebook: its executed copy, its record and `outcome.json` land in `folder`; progress goes to standard output."""
-    name, home, executed = plan.path.stem, folder / plan.path.stem, folder / plan.path.name
+    name, home, executed = plan.name, folder / plan.name, folder / f"{plan.name}.ipynb"
     if plan.skip:
         outcome = Outcome(name, "skipped", reason=plan.skip)
     else:
@@ -220,7 +237,7 @@ def kept(plan: Plan, folder: Path, began: datetime) -> Outcome | None:
 
     It counts for the same notebook with the same parameters under the same code and packages only.
     """
-    home, executed = folder / plan.path.stem, folder / plan.path.name
+    home, executed = folder / plan.name, folder / f"{plan.name}.ipynb"
     try:
         job = json.loads((home / "job.json").read_text(encoding="utf-8"))
         if plan.skip or job["asked"] != _asked(plan):

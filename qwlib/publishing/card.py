@@ -28,7 +28,8 @@ def own_words(text: str) -> str:
     return _FRONT.sub("", text, count=1).strip("\n")
 
 
-_FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", flags=re.DOTALL)
+# what huggingface_hub 2.4 reads as a card's head (repocard.REGEX_YAML_BLOCK): behind blank lines too, and at the file's end
+_FRONT = re.compile(r"\A\s*---(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)")
 
 
 def own_metadata(text: str) -> dict:

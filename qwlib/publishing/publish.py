@@ -77,13 +77,28 @@ def publish(
     Raises QwlibError in one line: a scheme that can't be saved, a folder that is no artefact, was changed, or holds what its
     manifest does not name, a name or licence that does not fit, a model that reads back different, and what the Hub refuses.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise QwlibError(f"{repo_id!r} is no repository: name it as OWNER/NAME")
+    for name, value in {"private": private, "dry_run": dry_run}.items():
+        if not isinstance(value, bool):  # "false" is a text, and so true
+            raise QwlibError(f"{name} is True or False, not {value!r}")
+    check_name(repo_id)
     wanted = {"private": private, "dry_run": dry_run, "token": token, "records": records}
     if isinstance(artefact, Lm):
         with saved(artefact) as (folder, said):
             return _publish(folder, repo_id, said, **wanted)
     return _publish(Path(artefact).expanduser(), repo_id, None, **wanted)
+
+
+def check_name(repo_id: str) -> None:
+    """Raises QwlibError for a name that the Hub will not take, so that a dry run tells it too."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not isinstance(repo_id, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, flags=re.ASCII):
+        raise QwlibError(f"{repo_id!r} is no repository: name it as OWNER/NAME, of letters a to z, digits, -, _ and .")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise QwlibError(f"the Hub takes no such name: {' '.join(str(error).split())}") from None
 
 
 def _publish(

@@ -378,6 +378,14 @@ def test_a_baseline_has_a_line_a_figure_and_reads_back(tmp_path, baseline):
             '{"schema": 1, "device": "x", "sizes": {"smoke": {"packages": {}, "given": {}, "figures": {"a": 1}}}}',
             "damaged",
         ),
+        *(
+            (
+                '{"schema": 1, "device": "x", "sizes": {"smoke": {"packages": {}, "given": {}, "figures": {"a": '
+                f'{{"value": 1, "tolerance": {endless}}}}}}}}}}}',
+                "tolerance: inf is no number",
+            )
+            for endless in ("Infinity", "1e999")  # every night would be fine for ever
+        ),
     ],
 )
 def test_a_baseline_that_cant_be_read_is_told_and_kept_aside(tmp_path, content, match):
@@ -390,7 +398,31 @@ def test_a_baseline_that_cant_be_read_is_told_and_kept_aside(tmp_path, content, 
     assert json.loads(path.read_text())["schema"] == gates.SCHEMA
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"quality": 5},
+        {"quality": {"kld": {}}},
+        {"quality": quality(tokens=0)},
+        {"memory": 7},
+        {"speed": {"ttft_s": 3}},
+        {"guard": {"f1": "high"}},
+        {"model": "a name"},
+        {"scheme": {"bits": 4}},
+    ],
+)
+def test_one_odd_row_costs_its_own_figures_only(baseline, odd):
+    names = []
+    found = gated.figures(night(row("nf4", quality=quality(ppl=25.0)), row("int8") | odd), names)
+    assert "03/m/nf4/ppl" in found
+    assert len(names) == (not {"model", "scheme"} & set(odd))
+    judged = gates.judge(night(row("nf4", quality=quality(ppl=25.0)), row("int8") | odd), baseline, gates.Past())
+    assert set(regressed(judged)) == {"ppl"}
+
+
 def test_a_device_has_a_file(tmp_path):
     assert gates.read(tmp_path / "none.json") is None
     assert gates.path_of(tmp_path, "NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.json"
     assert gates.path_of(tmp_path, "../../etc/passwd").parent == tmp_path
+    odd = ["显卡 A", "显卡 B", "Prozessor ä", "Prozessor ö", "", "…"]
+    assert len({gates.path_of(tmp_path, device) for device in odd}) == len(odd)

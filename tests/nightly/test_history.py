@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from qwlib.nightly import history
+from qwlib.nightly import gates, history
+from qwlib.nightly.runner import Outcome
 
 LINE = {"size": "smoke", "device": "cpu", "figures": {"a": 1.5}, "regressions": [], "suspects": [], "packages": {}}
 
@@ -13,12 +14,12 @@ def read(path):
     return history.read(path, size="smoke")
 
 
-def test_nights_come_back_in_order_and_by_size(tmp_path):
+def test_nights_come_back_in_the_order_of_the_file_and_by_size(tmp_path):
     path = tmp_path / "runs" / "history.jsonl"
-    for night, size in (("2", "smoke"), ("1", "smoke"), ("3", "nightly")):
+    for night, size in (("2099", "smoke"), ("1", "smoke"), ("3", "nightly"), ("2", "smoke")):
         history.append(path, LINE | {"night": night, "size": size})
     nights, damaged = read(path)
-    assert [night["night"] for night in nights] == ["1", "2"]
+    assert [night["night"] for night in nights] == ["2099", "1", "2"]
     assert damaged == []
     assert read(tmp_path / "none") == ([], [])
 
@@ -74,6 +75,36 @@ def test_of_two_lines_of_one_night_the_later_counts(tmp_path):
     history.append(path, LINE | {"night": "1", "figures": {"a": 2.0}})
     (night,), _ = read(path)
     assert night["figures"] == {"a": 2.0}
+
+
+def test_nights_of_two_devices_may_have_one_name(tmp_path):
+    path = tmp_path / "history.jsonl"
+    for device, value in (("cpu", 1.0), ("gpu", 2.0), ("cpu", 3.0)):
+        history.append(path, LINE | {"night": "1", "device": device, "figures": {"a": value}})
+    assert [(night["device"], night["figures"]["a"]) for night in read(path)[0]] == [("gpu", 2.0), ("cpu", 3.0)]
+
+
+def test_one_night_from_the_future_changes_no_verdict(tmp_path):
+    """A second slow night running is a regression, wherever in time another line of the history claims to be."""
+    name = "03/m/bf16/decode_tok_s"
+    row = {"scheme": {"name": "bf16"}, "model": {"name": "m"}, "speed": {"decode_tok_s": 60.0, "ttft_s": {}}}
+    tonight = [Outcome("03", "passed", 100.0, record={"rows": [row], "env": {"python": "3", "packages": {}}})]
+
+    def line(night, value, **more):
+        return LINE | {"night": night, "figures": {name: value}} | more
+
+    good = [line(f"2026110{day}-013000", 100.0) for day in range(1, 5)]
+    slow = line("20261105-013000", 60.0, suspects=[name])
+    future = line("20991231-013000", 100.0)
+    for number, lines in enumerate(([*good, slow], [*good[:2], future, *good[2:], slow])):
+        for each in lines:
+            history.append(tmp_path / str(number), each)
+        past = history.past(read(tmp_path / str(number))[0])
+        (found,) = [finding for finding in gates.judge(tonight, None, past) if finding.name == name]
+        assert found.state == "regression"
+    single = history.past([*good])
+    (found,) = [finding for finding in gates.judge(tonight, None, single) if finding.name == name]
+    assert found.state == "suspect"
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):

@@ -167,7 +167,7 @@ def test_a_harness_that_fails_is_3_before_or_after(place):
     (place.notebooks / "sizes.toml").write_text(text)
     night = place.again()  # other parameters: it is run again
     assert night.code == 3
-    assert night.outcomes[0].category == "unknown parameter"
+    assert night.outcomes[0].category == "parameters"
     assert night.outcomes[1].status == "passed"
 
 
@@ -286,6 +286,18 @@ def test_an_accepted_night_is_fine_when_it_is_judged_again(place):
     assert judged(place, "20260104-000000", decode=20.0).code == 0
     nights, _ = history.read(place.out / "nights.jsonl", size="nightly")
     assert history.past(nights).passes["03/model/nf4/decode_over_16_bit"] == [0.8]
+
+
+def test_a_row_that_can_not_be_read_is_noted(place):
+    night = judged(place, "20260101-000000")
+    assert not night.trouble
+    night.outcomes[0].record["rows"].append({"scheme": "odd", "speed": 3})
+    nights._judge(night, place.out / "nights.jsonl", gates.path_of(place.baselines, night.device), False)
+    assert night.trouble == ["03/model/odd does not hold what its keys promise: it is not judged"]
+    assert night.code == 3
+    assert [
+        finding.state for finding in night.findings if finding.name.endswith("decode_tok_s")
+    ]  # the others are judged
 
 
 def test_another_processor_is_noted(place):

@@ -95,10 +95,24 @@ def test_an_old_record_proves_nothing(notebook, tmp_path):
 
 def test_unknown_parameters_are_refused(notebook, tmp_path):
     (outcome,), _ = run(notebook(RECORD), out=tmp_path / "runs", MODLE="x")
-    assert (outcome.status, outcome.category) == ("error", "unknown parameter")
+    assert (outcome.status, outcome.category) == ("error", "parameters")
     assert "does not declare MODLE" in outcome.reason
+    typed = "X: int = 1  # x\nOUT: str = ''"
+    (wrong,), _ = run(notebook(RECORD, parameters=typed), out=tmp_path / "runs", X="many")
+    assert (wrong.category, wrong.reason) == ("parameters", "X is a whole number, not 'many'")
     (bare,), _ = run(notebook(RECORD, parameters="X: int = 1  # x"), out=tmp_path / "runs")
     assert "does not declare OUT" in bare.reason
+
+
+def test_a_notebook_that_names_no_kernel_runs_and_its_unknown_magic_is_named(notebook, tmp_path):
+    path = notebook("%nosuchmagic", RECORD)
+    whole = nbformat.read(path, 4)
+    whole.metadata = {}
+    nbformat.write(whole, path)
+    (outcome,), _ = run(path, out=tmp_path / "runs")
+    assert (outcome.status, outcome.category) == ("failed", "cell error")
+    assert "UsageError" in outcome.reason
+    assert "%nosuchmagic" in outcome.reason
 
 
 def test_the_same_failure_has_the_same_signature_in_another_run(notebook, tmp_path):
@@ -190,6 +204,19 @@ def test_the_executed_copy_reads_like_the_notebook(notebook, tmp_path):
     assert "<script>alert" not in page
     assert body.count("color: red") == 1  # in the code that is shown, not as a style sheet's leavings
     assert 'src="http' not in page
+
+
+def test_two_of_one_name_are_told_apart(tmp_path):
+    plans = [
+        runner.Plan(tmp_path / folder / f"{name}.ipynb") for folder, name in (("x", "a"), ("y", "A"), ("z", "a-2"))
+    ]
+    assert [plan.name for plan in runner._told_apart([*plans, plans[0]])] == ["a", "A-2", "a-2-2", "a-3"]
+    for plan in plans:
+        plan.path.parent.mkdir()
+        plan.path.touch()
+    outcomes, folder = runner.run(plans, tmp_path / "runs")
+    assert [outcome.category for outcome in outcomes] == ["parameters"] * 3
+    assert sorted(path.parent.name for path in folder.glob("*/outcome.json")) == ["A-2", "a", "a-2-2"]
 
 
 def test_nothing_to_run_is_told(tmp_path):

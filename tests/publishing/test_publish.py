@@ -242,6 +242,58 @@ def test_only_whole_artefacts_are_published(copy, tiny_folder, quick, tmp_path):
         publish.publish(copy, "model")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model",
+        "a/b/c",
+        "me/a--b",
+        "me/a..b",
+        "me/.a",
+        "me/a.",
+        "me/-a",
+        "me/a.git",
+        "me/" + "x" * 97,
+        "me/modèle",
+        "",
+        None,
+    ],
+)
+def test_names_that_the_hub_would_refuse_are_refused_in_a_dry_run(name, tmp_path):
+    with pytest.raises(QwlibError, match=r"name it as OWNER/NAME|takes no such name") as caught:
+        publish.publish(tmp_path, name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"private": "false"}, {"private": 0}, {"private": None}, {"dry_run": "no"}])
+def test_public_or_not_is_never_guessed(wrong, tmp_path):
+    with pytest.raises(QwlibError, match="is True or False, not"):
+        publish.publish(tmp_path, REPO, **wrong)
+
+
+HEADS = [
+    "---\nlanguage: en\n---",
+    "\n---\nlanguage: en\n---\nmine\n",
+    "---\r\nlanguage: en\r\n---\r\nmine",
+    "---\rlanguage: en\r---\nx",
+]
+HEADS += [
+    "---\nlanguage: en\n---  \nmine",
+    "--- \nlanguage: en\n---\nmine",
+    "---\nlanguage: en\n----\nmine",
+    "mine\n---\nlanguage: en\n---\n",
+]
+
+
+@pytest.mark.parametrize("text", HEADS)
+def test_the_head_of_a_card_is_what_the_hub_reads_as_such(text):
+    from huggingface_hub import ModelCard
+
+    theirs = ModelCard(text, ignore_metadata_errors=True)
+    assert card.own_metadata(text) == theirs.data.to_dict()
+    assert ("language" in card.own_words(text)) is not bool(theirs.data.to_dict())
+
+
 def test_a_token_in_a_file_is_found(copy, quick):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"note": ME}))
