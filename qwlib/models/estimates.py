@@ -150,8 +150,13 @@ def _cache_bytes(row: catalog.Model, base: str, tokens: int) -> int:
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     with torch.inference_mode(), hub.explained(row):
-        # with a mask, since some models look for padding where there is none, and here are no values
-        out = meta_model(row, base)(ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        model = meta_model(row, base)
+        try:
+            out = model(ids, use_cache=True)
+        except (
+            RuntimeError
+        ):  # GPT-2 and its kind look for padding where there is no mask, others into a mask: no values are here
+            out = model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
     cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
     held = [vars(layer).values() for layer in getattr(cache, "layers", [])]
     tensors = [t for values in held for t in values if isinstance(t, torch.Tensor) and t.is_floating_point()]

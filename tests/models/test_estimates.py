@@ -1,6 +1,7 @@
 """Predictions against what loading measures."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -64,6 +65,24 @@ def test_the_cache_is_what_generation_fills(row_of, kind):
         assert qwlib.estimate(row, "bf16", batch=2, context=40).kv_bytes != real
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 2},
+        {
+            "model_type": "lfm2",
+            "hidden_size": 64,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 2,
+            "layer_types": ["conv", "full_attention"],
+        },
+    ],
+)
+def test_models_that_look_for_padding_have_an_estimate(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 320, "num_attention_heads": 4} | config))
+    assert qwlib.estimate(str(tmp_path), "nf4", context=7).kv_bytes > 0
+
+
 def test_published_savings_are_reproduced_from_shapes(row_of):
     """Llama-3.1-8B: 16.06 GB, and 4.14 GB with everything in NF4 + DQ (shares of 64.5 and 74.2 % saved)."""
 
@@ -77,8 +96,6 @@ def test_published_savings_are_reproduced_from_shapes(row_of):
 
 
 def test_a_state_space_model_has_an_estimate_too(tmp_path):
-    import json
-
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1000, "state_size": 8}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"} | shape))
     assert qwlib.estimate(str(tmp_path), "nf4").weights_bytes > 0
