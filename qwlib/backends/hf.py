@@ -17,10 +17,10 @@ from ..machine import memory
 from ..running.engines import Transformers
 from ..running.lm import quiet
 
-# weights that files hold and no model reads
+# weights that files hold and no model reads; source: transformers 5.23, modeling_utils.py and gpt_neox/modeling_gpt_neox.py
 HARMLESS = (
-    r"rotary_emb\.inv_freq$",  # calculated from the configuration since transformers 4.32
-    r"\.(attn|attention)\.(bias|masked_bias)$",  # causal masks, which early GPT-2 and GPT-NeoX checkpoints stored
+    r"rotary_emb\.inv_freq$",  # old checkpoints have it for each layer; it is calculated from the configuration
+    r"\.(attn|attention)\.(bias|masked_bias)$",  # causal masks of GPT-2 and GPT-NeoX
 )
 
 

@@ -97,13 +97,8 @@ def load(source: str = "own") -> Labelled:
     try:
         path = Path(source).expanduser()
         there = path.is_file()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ):  # a name that no file can have, an unknown `~user`, no text at all
-        there = False
+    except (OSError, RuntimeError, ValueError, TypeError):
+        there = False  # a name that no file can have, an unknown `~user`, no text at all
     if not there:
         shown = source if isinstance(source, str) and len(source) < 100 else f"{str(source)[:60]}…"
         raise QwlibError(f"no such set of messages: {shown}; name own, xstest, aegis2, or a CSV, JSON or JSONL file")

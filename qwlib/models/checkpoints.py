@@ -109,9 +109,8 @@ def source(row: catalog.Model) -> dict[str, str]:
     """
     if row.adapter:
         under = source(catalog.base(row))
-        _, plus, over = row.name.rpartition(
-            "+"
-        )  # a base that is a folder is called by its name: a path may name a person
+        _, plus, over = row.name.rpartition("+")
+        # a base that is a folder is called by its name: a path may name a person
         return under | {"name": f"{under['name']}+{over}" if plus else row.name, "adapter": adapters.version(row)}
     if row.source is None:
         return {"name": row.name, "sha256": embedded.sha256(row.name)}

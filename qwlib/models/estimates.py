@@ -153,9 +153,8 @@ def _cache_bytes(row: catalog.Model, base: str, tokens: int) -> int:
         model = meta_model(row, base)
         try:
             out = model(ids, use_cache=True)
-        except (
-            RuntimeError
-        ):  # GPT-2 and its kind look for padding where there is no mask, others into a mask: no values are here
+        except RuntimeError:
+            # GPT-2's kind looks for padding where there is no mask, LFM2 looks into a mask; here are no values to find
             out = model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
     cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
     held = [vars(layer).values() for layer in getattr(cache, "layers", [])]

@@ -5,7 +5,7 @@ model without positions (Mamba, BLOOM) has no limit here.
 """
 
 # source: the configuration classes of transformers 5.23, which also map n_positions and n_ctx of GPT-2's kind to the first
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_window_size", "attention_chunk_size")
 
 
