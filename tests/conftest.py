@@ -123,14 +123,7 @@ def repacks() -> bool:
     """Whether the first forward of a 4-bit layer, on the CPU that `load` would pick, repacks its weight for a kernel."""
     import torch
 
-    from qwlib.machine import arithmetic
-
-    chosen, _ = arithmetic.choose(torch.bfloat16, torch.device("cpu"))  # by measurement, once a process
-    return (
-        chosen is torch.bfloat16
-        and not torch.cuda.is_available()
-        and processor.capability() in ("AVX512-BF16", "AMX-BF16")
-    )
+    return not torch.cuda.is_available() and processor.capability() in processor.BF16
 
 
 @pytest.fixture(autouse=True)

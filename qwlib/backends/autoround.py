@@ -4,8 +4,10 @@ One calibration, three files: GPTQ's and AWQ's, which transformers loads with GP
 is not the method: this AWQ file holds AutoRound's rounding and none of AWQ's scaling by activations.
 """
 
+import json
 from pathlib import Path
 
+from ..machine import arithmetic
 from ..models import catalog
 from . import hf, llamacpp
 
@@ -25,6 +27,7 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
 
     shape = {} if scheme.group is None else {"bits": 4, "group_size": scheme.group, "sym": True}
     rows = torch.tensor(calibration.rows)
+    narrow = arithmetic.choose(torch.bfloat16, device)[0] is torch.bfloat16
     tool = AutoRound(
         source,
         AutoTokenizer.from_pretrained(source),
@@ -35,14 +38,32 @@ def quantize(source: str, scheme, out: Path, calibration, device) -> dict:
         batch_size=4,
         dataset=torch.utils.data.DataLoader([{"input_ids": row} for row in rows], batch_size=4),
         device_map=device.type,
+        amp=narrow,
         enable_torch_compile=False,
     )
     tool.quantize_and_save(str(out), format=FORMATS[scheme.name])
     _lift(out)
+    if not narrow:
+        _in_bfloat16(out)
     if scheme.group is None:
         (out / catalog.gguf_file(out)).rename(out / llamacpp.FILE)
         hf.copy_texts(source, out)
     return {"steps": STEPS[device.type]} | ({"symmetric": True} if shape else {})
+
+
+def _in_bfloat16(out: Path) -> None:
+    """What is not quantized, back in the 16-bit type: after steps in float32 auto-round writes it in float32."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            facts, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
+        save_file({name: w.bfloat16() if w.dtype == torch.float32 else w for name, w in held.items()}, path, facts)
+    config = out / "config.json"
+    if config.is_file():
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}, indent=2) + "\n")
 
 
 def _lift(out: Path) -> None:

@@ -2,8 +2,8 @@
 
 What weights are stored as is one thing, what their products are calculated in is another, and depends on the processor: one
 with AVX512-BF16 or AMX multiplies bfloat16 by instructions of its own, one with AVX2 alone (most laptops, many Colab machines,
-GitHub's runners) by a loop that is several times slower than float32. `choose` measures one product both ways, once a process,
-and says what it found.
+GitHub's runners) by a loop that is several times slower than float32. `choose` keeps bfloat16 where those instructions are. Else
+it measures one product both ways, once a process, and says what it found.
 
 Where float32 wins, `hook` lets a model calculate every product of several rows like this: the weight becomes float32 a slice at
 a time, so that memory hardly grows, and the result goes back to the type that it would have had. Sums are float32 either way.
@@ -40,6 +40,8 @@ def choose(dtype, device) -> tuple[torch.dtype, str]:
     """(type that products of several rows are calculated in, why) for weights of `dtype` on `device`."""
     if device.type != "cpu" or dtype not in NARROW:
         return dtype, "the type of the weights"
+    if dtype is torch.bfloat16 and processor.capability() in processor.BF16:
+        return dtype, f"{processor.capability()} multiplies bfloat16 by instructions of its own"
     own, single = seconds(dtype)
     name = str(dtype).removeprefix("torch.")
     took = f"{TRIED[0]} rows took {1e3 * own:.2g} ms in {name}, {1e3 * single:.2g} in float32"

@@ -27,11 +27,12 @@ def capability() -> str:
     if used == "DEFAULT" and platform.machine() in ("aarch64", "arm64"):
         used = "NEON"
     if used == "AVX512":
-        return next((told for flag, told in _BF16.items() if flag in flags), used)
+        return next((told for flag, told in _FLAGS.items() if flag in flags), used)
     return f"{used}-BF16" if "bf16" in flags else used
 
 
-_BF16 = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
+_FLAGS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
+BF16 = tuple(_FLAGS.values())  # the capabilities of processors of x86 that multiply bfloat16 themselves
 
 
 def _told(key: str) -> str:

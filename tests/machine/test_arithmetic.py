@@ -21,9 +21,20 @@ LINEAR = 3 * 7 + 1  # products of the shallow model with a weight, the head's am
 
 
 @pytest.fixture
-def single(monkeypatch):
+def measured(monkeypatch):
+    """A function: seconds of the product in the weights' type and in float32 → as on a processor that measures so."""
+
+    def pretend(own: float, single: float) -> None:
+        monkeypatch.setattr(processor, "capability", lambda: "AVX512")
+        monkeypatch.setattr(arithmetic, "seconds", lambda dtype: (own, single))
+
+    return pretend
+
+
+@pytest.fixture
+def single(measured):
     """As on a processor whose 16-bit products are slow."""
-    monkeypatch.setattr(arithmetic, "seconds", lambda dtype: (7.0, 1.0))
+    measured(7.0, 1.0)
 
 
 @pytest.fixture
@@ -62,14 +73,25 @@ def test_a_product_in_slices_is_the_exact_one_rounded_once(dtype, outputs):
     assert not ((sum(halves).double() - again).abs() <= torch.finfo(dtype).eps / 2 * again.abs() + 1e-5).all()
 
 
-def test_what_is_chosen_follows_what_was_measured(monkeypatch):
-    for seconds, wanted in (((0.003, 0.001), torch.float32), ((0.001, 0.003), torch.bfloat16)):
-        monkeypatch.setattr(arithmetic, "seconds", lambda dtype, seconds=seconds: seconds)
-        got, why = arithmetic.choose(torch.bfloat16, CPU)
-        assert got is wanted
-        assert f"{1e3 * seconds[0]:.2g} ms in bfloat16, {1e3 * seconds[1]:.2g} in float32" in why
+@pytest.mark.parametrize(("own", "wide", "wanted"), [(0.003, 0.001, torch.float32), (0.001, 0.003, torch.bfloat16)])
+def test_what_is_chosen_follows_what_was_measured(measured, own, wide, wanted):
+    measured(own, wide)
+    got, why = arithmetic.choose(torch.bfloat16, CPU)
+    assert got is wanted
+    assert f"{1e3 * own:.2g} ms in bfloat16, {1e3 * wide:.2g} in float32" in why
     assert arithmetic.choose(torch.bfloat16, torch.device("cuda", 0)) == (torch.bfloat16, "the type of the weights")
     assert arithmetic.choose(torch.float32, CPU)[0] is torch.float32
+
+
+@pytest.mark.parametrize("capability", processor.BF16)
+def test_a_processor_that_multiplies_bfloat16_keeps_it_whatever_is_measured_beside_other_work(
+    single, monkeypatch, capability
+):
+    monkeypatch.setattr(processor, "capability", lambda: capability)
+    got, why = arithmetic.choose(torch.bfloat16, CPU)
+    assert got is torch.bfloat16
+    assert why == f"{capability} multiplies bfloat16 by instructions of its own"
+    assert arithmetic.choose(torch.float16, CPU)[0] is torch.float32  # there are none for that type: measured
 
 
 def test_a_model_reads_several_tokens_in_float32_and_one_as_before(single, products, shallow):
@@ -95,8 +117,7 @@ def test_a_model_reads_several_tokens_in_float32_and_one_as_before(single, produ
         assert products == []
 
 
-def test_nothing_but_two_hooks_changes_in_the_model(shallow16, shallow, monkeypatch):
-    monkeypatch.setattr(arithmetic, "seconds", lambda dtype: (7.0, 1.0))
+def test_nothing_but_two_hooks_changes_in_the_model(shallow16, shallow, single):
     with qwlib.load(str(shallow), "bf16", device="cpu") as slow:
         kept, plain = slow.model, shallow16.model
         assert [type(module) for module in kept.modules()] == [type(module) for module in plain.modules()]
