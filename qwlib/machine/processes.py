@@ -14,8 +14,10 @@ import gc
 import os
 import signal
 import sys
+import threading
 
 SPINS = 5000
+MANY = 500  # modules: fewer come with a backend, and what a user holds by then is not to be kept from collection
 
 
 def environment() -> dict[str, str]:
@@ -29,12 +31,16 @@ def importing():
     """While modules are imported, nothing is collected: torch and transformers make 400,000 objects that stay.
 
     Python goes through them again and again meanwhile and finds nothing: 1 second of 4 (two cores of an AMD EPYC, AVX512-BF16).
+    Where so many came, later collections pass over them: 0.3 seconds each, and every model that goes is followed by some.
     """
-    enabled = gc.isenabled()
+    enabled, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
+        if len(sys.modules) > before + MANY:
+            gc.collect()
+            gc.freeze()
         if enabled:
             gc.enable()
 
@@ -54,6 +60,28 @@ def without(name: str):
     finally:
         if hidden:
             del sys.modules[name]
+
+
+@contextlib.contextmanager
+def within(seconds: float):
+    """Raises TimeoutError in what takes longer: in the main thread of a process on Linux or macOS; elsewhere it only runs.
+
+    Python's loops and its regular expressions are ended so, one call of a library in C is not.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again and again: code that catches everything catches it once
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager

@@ -104,6 +104,7 @@ def execute(notebook: Path, executed: Path, parameters: dict) -> dict:
     try:
         wanted = checked(notebook, parameters)
     except QwlibError as error:
+        _copy_bare(notebook, executed)
         return _ended("error", "parameters", str(error))
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else each kernel prints a warning about frozen modules
     try:
@@ -131,6 +132,18 @@ def execute(notebook: Path, executed: Path, parameters: dict) -> dict:
     if stopped := unfinished(executed):
         return _ended("failed", "missing record", stopped, "stopped half-way")
     return _ended("passed", "", "")
+
+
+def _copy_bare(notebook: Path, executed: Path) -> None:
+    """A copy without outputs, for the page of a notebook of which no cell ran; none of a file that is no notebook."""
+    try:
+        content = json.loads(notebook.read_text(encoding="utf-8"))
+        for cell in content["cells"]:
+            if cell["cell_type"] == "code":
+                cell |= {"outputs": [], "execution_count": None}
+    except (ValueError, TypeError, KeyError):
+        return
+    files.write_text(executed, json.dumps(content))
 
 
 def _line(traceback) -> str:

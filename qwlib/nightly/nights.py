@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ..errors import QwlibError
 from ..machine import about
 from . import executing, gated, gates, history, report, runner, suite
 
-STATE = "night.json"
+LAST = "last-{size}.json"  # in the folder of the runs: which night is the last of its size; a folder's name is only a clock's
 
 
 @dataclass
@@ -191,22 +190,25 @@ def _told(night: Night, what: str) -> Iterator[None]:
 
 def _begin(out: Path, size: str) -> tuple[Path, datetime]:
     folder, began = runner.new_folder(out), datetime.now(UTC)
-    files.write_text(folder / STATE, json.dumps({"size": size, "began": began.isoformat()}) + "\n")
+    files.write_text(
+        out / LAST.format(size=size), json.dumps({"folder": folder.name, "began": began.isoformat()}) + "\n"
+    )
     return folder, began
 
 
 def _last(out: Path, size: str) -> tuple[Path, datetime]:
     """The last night of this size, and when it began."""
-    for state in sorted(out.glob(f"*/{STATE}"), reverse=True):
-        if not re.fullmatch(r"\d{8}-\d{6}(-\d+)?", state.parent.name):
-            continue
-        try:
-            known = json.loads(state.read_text(encoding="utf-8"))
-            if known["size"] == size:
-                return state.parent, datetime.fromisoformat(known["began"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise QwlibError(f"{state} is damaged ({error}): start a new night, without --resume") from None
-    raise QwlibError(f"there is no {size} night in {out} to resume: start one without --resume")
+    state = out / LAST.format(size=size)
+    if not state.exists():
+        raise QwlibError(f"there is no {size} night in {out} to resume: start one without --resume")
+    try:
+        known = json.loads(state.read_text(encoding="utf-8"))
+        folder, began = out / Path(known["folder"]).name, datetime.fromisoformat(known["began"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QwlibError(f"{state} is damaged ({error}): start a new night, without --resume") from None
+    if not folder.is_dir():
+        raise QwlibError(f"the last {size} night, {folder}, is gone: start a new one, without --resume")
+    return folder, began
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Executed notebooks as HTML pages that fetch nothing and run nothing: nbconvert makes them, what could act is taken out.
 
 A notebook that can't be shown costs its own page, which then says why. Cleaning takes 3.5 seconds a megabyte of HTML (one core of
-an AMD EPYC), so that outputs above `LARGEST`, and what comes after `MOST` in all, are named by their size instead.
+an AMD EPYC), so that cells and outputs above `LARGEST`, and what comes after `MOST` in all, are named by their size instead. A
+page that takes longer than `TIME_S` all the same is given up.
 
 Formulas become MathML, which browsers draw by themselves: https://developer.mozilla.org/docs/Web/MathML.
 """
@@ -12,14 +13,15 @@ import re
 from pathlib import Path
 
 from .. import files
-from ..machine.processes import without
+from ..machine.processes import within, without
 
 TAGS = "p h1 h2 h3 h4 table thead tbody tr th td pre span div details summary hr br"
 MATH = "math mrow mi mo mn msub msup msubsup mfrac msqrt mtext mspace munder mover munderover mstyle mtable mtr mtd"
 SHOWN = ("text/html", "text/markdown", "text/plain", "image/png")  # of what a cell put out; the rest could act
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
 HEAD = f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-LARGEST, MOST = 300_000, 1_500_000  # characters of text and HTML: of one output, and of a page
+LARGEST, MOST = 300_000, 1_500_000  # characters of text and HTML: of one cell or output, and of a page
+TIME_S = 60
 CODE = "<style>.jp-RenderedMarkdown code, .jp-RenderedMarkdown pre { font-family: monospace; }</style>"
 
 
@@ -52,7 +54,8 @@ def write(executed: Path | None) -> str:
     page = executed.with_name(f"{own}.html")
     if not page.exists() or page.stat().st_mtime_ns < executed.stat().st_mtime_ns:
         try:
-            body = _rendered(executed)
+            with within(TIME_S):
+                body = _rendered(executed)
         except Exception as error:  # a missing attachment, a table too deep: whatever a notebook holds, the run goes on
             why = html.escape(f"{type(error).__name__}: {error}"[:500])
             body = f"<html><head></head><body><h1>This notebook can't be shown</h1><p>{why}</p>"
@@ -89,6 +92,9 @@ def _shown(executed: Path):
         return True
 
     for cell in notebook.cells:
+        if not fits(cell.source):
+            said = f"too long for this page: {len(cell.source):,} characters"
+            cell.source = f"# {said}" if cell.cell_type == "code" else f"({said})"
         for output in cell.get("outputs", []):
             if "data" in output:
                 output["metadata"] = {}

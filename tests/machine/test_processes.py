@@ -1,8 +1,13 @@
 """How processes begin and end: nothing is left switched off, hidden or forgotten."""
 
+import contextlib
 import gc
 import importlib
+import re
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +26,19 @@ def test_nothing_is_collected_meanwhile_and_again_afterwards():
     assert gc.isenabled()
 
 
+def test_only_a_great_import_is_passed_over_by_later_collections(monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    with processes.importing():
+        pass
+    assert frozen == []
+    with processes.importing():
+        sys.modules.update(many := {f"a_module_{n}": None for n in range(processes.MANY + 1)})
+    assert frozen == [False]
+    for name in many:
+        del sys.modules[name]
+
+
 def test_a_package_is_hidden_only_meanwhile():
     sys.modules.pop("this", None)
     with processes.without("this"), pytest.raises(ImportError):
@@ -28,6 +46,38 @@ def test_a_package_is_hidden_only_meanwhile():
     assert "this" not in sys.modules
     with processes.without("json"):  # what is imported already stays
         assert importlib.import_module("json") is sys.modules["json"]
+
+
+def test_what_takes_too_long_is_ended():
+    def loop():
+        while True:
+            time.sleep(0.01)
+
+    def stubborn():  # catches everything three times
+        for _ in range(3):
+            with contextlib.suppress(Exception):
+                loop()
+        loop()
+
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeoutError, match=r"more than 0\.05 s"), processes.within(0.05):
+        loop()
+    with pytest.raises(TimeoutError), processes.within(0.05):
+        stubborn()
+    with pytest.raises(TimeoutError), processes.within(0.05):
+        re.match(r"(a|aa)+$", "a" * 60 + "b")
+    with processes.within(0.05):
+        pass
+    time.sleep(0.1)  # nothing comes afterwards
+    assert signal.getsignal(signal.SIGALRM) is before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: _entered(processes.within(0.01))).result()
+
+
+def _entered(manager) -> bool:
+    with manager:
+        time.sleep(0.03)
+    return True
 
 
 def test_why_a_process_ended():

@@ -61,7 +61,7 @@ class Place:
     def kept(self, name: str) -> runner.Outcome | None:
         """What `--resume` would take over of a notebook."""
         (plan,) = (each for each in suite.plans(self.notebooks, "smoke") if each.path.stem == name)
-        began = datetime.fromisoformat(json.loads((self.folder() / "night.json").read_text())["began"])
+        began = datetime.fromisoformat(json.loads((self.out / "last-smoke.json").read_text())["began"])
         return runner.kept(plan, self.folder(), began)
 
     def command(self, *options: str) -> list[str]:
@@ -344,12 +344,16 @@ def test_a_token_reaches_no_file_by_way_of_a_record(place, monkeypatch):
     assert "a/m/***/weights_bytes" in next(place.baselines.glob("*.json")).read_text()
 
 
-def test_a_damaged_state_is_told_and_no_older_night_is_taken_for_the_last(place):
-    (place.folder() / "night.json").write_text("[]")
-    with pytest.raises(QwlibError, match="damaged"):
-        place.again()
-    shutil.copytree(place.folder(), place.out / "zz-backup")
-    with pytest.raises(QwlibError, match="damaged"):
+def test_a_damaged_state_is_told_and_no_other_night_is_taken_for_the_last(place):
+    folder, state = place.folder(), place.out / "last-smoke.json"
+    shutil.copytree(folder, place.out / "20991231-235959")  # a copy, or a night of a clock that was wrong
+    assert place.again().folder == folder
+    for content in ("[]", "{", '{"folder": "x"}', '{"folder": 3, "began": "2026-11-26"}'):
+        state.write_text(content)
+        with pytest.raises(QwlibError, match="damaged"):
+            place.again()
+    state.write_text('{"folder": "../../elsewhere", "began": "2026-11-26"}')
+    with pytest.raises(QwlibError, match="is gone: start a new one"):
         place.again()
 
 

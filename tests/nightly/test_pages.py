@@ -1,6 +1,7 @@
 """Formulas and harmless HTML; the pages in a browser are test_report's."""
 
 import re
+import time
 from html import unescape
 from urllib.parse import unquote, urlsplit
 
@@ -77,6 +78,18 @@ def test_what_is_long_is_named_by_its_size(tmp_path):
     many = [output(pages.LARGEST - 100) for _ in range(pages.MOST // pages.LARGEST + 3)]
     page = (tmp_path / pages.write(copy(tmp_path, *many, name="many"))).read_text()
     assert page.count("too long for this page") == 3
+    prose = [make("z" * (pages.LARGEST + 7)) for make in (nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell)]
+    page = (tmp_path / pages.write(copy(tmp_path, *prose, name="prose"))).read_text()
+    assert page.count(f"too long for this page: {pages.LARGEST + 7:,} characters") == 2
+
+
+def test_a_page_that_takes_too_long_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "TIME_S", 0.05)
+    monkeypatch.setattr(pages, "_shown", lambda executed: time.sleep(5))
+    page = (tmp_path / pages.write(copy(tmp_path, nbformat.v4.new_markdown_cell("# never shown")))).read_text()
+    assert "This notebook can't be shown" in page
+    assert "it took more than 0.05 s" in page
+    assert "never shown" not in page
 
 
 @pytest.mark.parametrize("name", ["50% a#b?c", "index", "Index", "ä.b c", "a&b"])

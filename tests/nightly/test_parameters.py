@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwlib.errors import QwlibError
-from qwlib.nightly import parameters
+from qwlib.nightly import executing, parameters
 
 CELL = """
 MODEL: str = "x"  # a name
@@ -127,3 +127,18 @@ def test_a_second_cell_a_broken_one_and_no_notebook_are_told(tmp_path):
         with pytest.raises(QwlibError, match=r"n\.ipynb can't be read as a notebook"):
             parameters.declared(tmp_path / "n.ipynb")
     assert parameters.declared(notebook(tmp_path)) == {}
+
+
+def test_a_notebook_that_is_refused_has_a_copy_of_which_no_cell_ran(tmp_path):
+    path, executed = notebook(tmp_path, "X = 1", "X = 5"), tmp_path / "executed.ipynb"
+    held = json.loads(path.read_text())
+    held["cells"][1] |= {"execution_count": 7, "outputs": [{"output_type": "stream", "text": "of an earlier run"}]}
+    path.write_text(json.dumps(held))
+    assert executing.execute(path, executed, {"X": 2})["category"] == "parameters"
+    cells = json.loads(executed.read_text())["cells"]
+    assert [cell["source"] for cell in cells] == [cell["source"] for cell in held["cells"]]
+    assert {(cell["execution_count"], *cell["outputs"]) for cell in cells[1:]} == {(None,)}
+    executed.unlink()
+    path.write_text("{")
+    assert executing.execute(path, executed, {})["category"] == "parameters"
+    assert not executed.exists()
