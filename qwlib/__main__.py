@@ -70,7 +70,11 @@ def list_schemes() -> None:
         python, why = environment.where(s.backend)
         parts = [s.name, f"{s.bits_per_weight:.2f}", s.linear, s.embedding, s.head]
         rows.append([*parts, why if python else f"no: {why}", s.what])
-    _table("Schemes", ["name", "bits/weight", "linear", "embedding", "head", "runs", "what"], rows)
+    _table(
+        "Schemes; bits of a linear layer's weight",
+        ["name", "bits/weight", "linear", "embedding", "head", "runs", "what"],
+        rows,
+    )
 
 
 @app.command()
@@ -109,9 +113,11 @@ def estimate(
         found = [estimates.estimate(row, each, batch=batch, context=context) for each in wanted]
     for e in found:
         parts = (e.weights_bytes, e.state_bytes, e.kv_bytes, e.total_bytes)
-        rows.append([e.scheme, *(f"{part / 1e9:.3f}" for part in parts)])
+        rows.append([e.scheme, f"{e.held_bits:.2f}", *(f"{part / 1e9:.3f}" for part in parts)])
     title = f"{row.name}, {e.parameters / 1e9:.3f} billion parameters; GB (10⁹ bytes); cache of {batch} × {e.context} tokens"
-    _table(title, ["scheme", "weights", "state", "cache", "total"], rows)
+    _table(title, ["scheme", "held bits", "weights", "state", "cache", "total"], rows)
+    if (share := estimates.outside(row)) > 0.1:
+        print(f"{share:.0%} of the parameters lie in no linear layer, as experts of a mixture do, and stay in 16 bits.")
 
 
 @app.command()

@@ -86,6 +86,20 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 @contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Whoever makes what belongs at `path`, in this or another process of this user, waits until nobody else is making it.
+
+    The lock is the operating system's, which ends it with the process. Its file lies in the cache folder, and stays.
+    """
+    from filelock import FileLock
+
+    locks = cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / sha256_text(str(Path(path).absolute()))[:16]):
+        yield
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill the folder that is yielded; it becomes `path` when the block ends without an error, else it is removed.
 

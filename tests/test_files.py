@@ -1,4 +1,6 @@
 import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -58,6 +60,33 @@ def test_the_faster_of_two_writers_wins(tmp_path):
             (fast / "who").write_text("fast")
     assert (target / "who").read_text() == "fast"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_one_at_a_time_makes_what_belongs_at_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("QWLIB_CACHE", str(tmp_path / "cache"))
+    made, inside, most = [], [], []
+
+    def make(path):
+        with files.alone(path):
+            inside.append(path)
+            most.append(len(inside))
+            time.sleep(0.02)
+            if path not in made:
+                made.append(path)
+            inside.remove(path)
+
+    def at_once(*paths):
+        most.clear()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(make, paths))
+        return max(most)
+
+    assert at_once(*[tmp_path / "model"] * 4) == 1
+    assert at_once(*[tmp_path / name for name in "abcd"]) > 1  # other paths do not wait
+    assert made.count(tmp_path / "model") == 1
+    with pytest.raises(ValueError, match="broke"), files.alone(tmp_path / "model"):
+        raise ValueError("broke")
+    assert at_once(tmp_path / "model") == 1  # an error gives the lock back
 
 
 def test_sha256_is_the_bytes_hash(tmp_path):

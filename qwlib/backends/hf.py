@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..errors import QwlibError
 from ..machine import memory
+from ..models import artefacts
 from ..running.engines import Transformers
 from ..running.lm import quiet
 
@@ -140,9 +141,10 @@ def stops(lm, source: str) -> list[int]:
 
 def copy_texts(source: str, out: Path) -> None:
     """Configuration and tokenizer of a checkpoint, without its weights."""
-    for path in Path(source).iterdir():
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"):
-            shutil.copy(path, out / path.name)
+    for name in artefacts.parts(Path(source)):
+        if name.endswith((".json", ".jinja", ".model", ".txt")) and not name.endswith(".index.json"):
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copy(Path(source) / name, out / name)
     for name in ("qwlib.json", "merged.json"):  # of another folder
         (out / name).unlink(missing_ok=True)
 

@@ -90,9 +90,7 @@ def load(
 
 
 def _check_room(row: catalog.Model, scheme: schemes.Scheme, device) -> None:
-    need = estimates.estimate(row, scheme, context=1)
-    free = memory.free_bytes(device)
-    total = need.weights_bytes + need.state_bytes
+    total, free = estimates.held_bytes(row, scheme), memory.free_bytes(device)
     if total > free:
         raise QwlibError(
             f"{row.name} in {scheme.name} takes {total / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: "

@@ -59,31 +59,39 @@ def quantize(
         text, wanted["calibration"] = _calibration(row, text, device.type)
     folder = Path(out).expanduser().absolute() if out is not None else _place(wanted)
     try:
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            _check_disk(row, scheme, folder)
-            with files.new_folder(folder) as made:
-                began = time.perf_counter()
-                if scheme.maker:
-                    found = _apart(row, scheme, made, wanted | {"text": text, "device": str(device)}, timeout)
-                else:
-                    found = {}
-                    with load(row, scheme) as lm:
-                        lm.save(made)
-                if not artefacts.is_complete(artefacts.parts(made)):
-                    raise QwlibError(f"{scheme.name} could not be made: its maker wrote no weights")
-                _tidy(made)
-                found["seconds"] = round(time.perf_counter() - began, 1)
-                if "calibration" in wanted:
-                    found["calibration"] = wanted["calibration"] | {"sequences": found.pop("sequences")}
-                artefacts.seal(made, **(wanted | found), made_on=device.type)
+        with files.alone(folder):
+            if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+                _make(row, scheme, folder, wanted, text, timeout)
         return _found(folder, wanted)
     except OSError as error:
         raise QwlibError(f"{folder} can't be written: {error.strerror or error}") from None
 
 
+def _make(row: catalog.Model, scheme: schemes.Scheme, folder: Path, wanted: dict, text: str | None, timeout) -> None:
+    """Fill `folder` with what is wanted, its manifest last."""
+    device = devices.pick_device()[0]
+    _check_disk(row, scheme, folder)
+    with files.new_folder(folder) as made:
+        began = time.perf_counter()
+        if scheme.maker:
+            found = _apart(row, scheme, made, wanted | {"text": text, "device": str(device)}, timeout)
+        else:
+            found = {}
+            with load(row, scheme) as lm:
+                lm.save(made)
+        if not artefacts.is_complete(artefacts.parts(made)):
+            raise QwlibError(f"{scheme.name} could not be made: its maker wrote no weights")
+        _tidy(made)
+        found["seconds"] = round(time.perf_counter() - began, 1)
+        if "calibration" in wanted:
+            found["calibration"] = wanted["calibration"] | {"sequences": found.pop("sequences")}
+        artefacts.seal(made, **(wanted | found), made_on=device.type)
+
+
 def _tidy(made: Path) -> None:
     """Take out what loading never reads: makers leave logs."""
-    for path in set(made.iterdir()) - {made / name for name in artefacts.parts(made)}:
+    kept = {made / name for name in artefacts.parts(made)}
+    for path in set(made.iterdir()) - kept - {path.parent for path in kept}:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -194,10 +202,9 @@ def _place(wanted: dict) -> Path:
 
 
 def _check_disk(row: catalog.Model, scheme: schemes.Scheme, folder: Path) -> None:
-    e = estimates.estimate(row, scheme, context=1)
-    need = 1.1 * (e.weights_bytes + e.state_bytes) + 5e7  # names, tokenizer
+    need = 1.1 * estimates.held_bytes(row, scheme) + 5e7  # names, tokenizer
     if scheme.maker == "llama.cpp":
-        need += 2 * e.parameters  # the 16-bit file that it quantizes
+        need += estimates.held_bytes(row, "bf16")  # the 16-bit file that it quantizes
     above = next(parent for parent in folder.parents if parent.is_dir())
     free = shutil.disk_usage(above).free
     if need > free:

@@ -45,10 +45,13 @@ def seal(folder: Path, *, source: dict, scheme: str, dtype: str, **facts) -> Non
 
 
 def parts(folder: Path) -> list[str]:
-    """Names of the files in `folder` that loading may read, the manifest left out."""
+    """Names of the files in `folder` that loading may read, the manifest left out; `/` stands before one in a sub-folder."""
     names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    wanted = (*hub.WANTED, *WEIGHTS)
+    templates = sorted(path for path in (Path(folder) / hub.TEMPLATES).glob("*.jinja") if path.is_file())
     return [
-        name for name in names if name != MANIFEST and any(fnmatch(name, wanted) for wanted in (*hub.WANTED, *WEIGHTS))
+        *(name for name in names if name != MANIFEST and any(fnmatch(name, each) for each in wanted)),
+        *(f"{hub.TEMPLATES}/{path.name}" for path in templates),
     ]
 
 
@@ -87,7 +90,7 @@ def _whole(manifest: dict) -> bool:
     return (
         all(isinstance(text, str) for text in texts)
         and all(type(file["bytes"]) is int and isinstance(file["sha256"], str) for file in held.values())
-        and all("/" not in name and "\\" not in name for name in held)
+        and all("/" not in name.removeprefix(f"{hub.TEMPLATES}/") and "\\" not in name for name in held)
         and is_complete(held)
         and set(manifest.get("calibration", NEEDED)) >= NEEDED
     )

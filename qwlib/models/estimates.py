@@ -43,6 +43,11 @@ class Estimate:
     def total_bytes(self) -> int:
         return self.weights_bytes + self.state_bytes + self.kv_bytes
 
+    @property
+    def held_bits(self) -> float:
+        """Bits that a parameter takes on average: what a scheme leaves in 16 bits, scales and buffers included."""
+        return 8 * (self.weights_bytes + self.state_bytes) / self.parameters
+
 
 def stored_bytes(shape, fmt: str) -> tuple[int, int]:
     """(weight bytes, state bytes) of one weight of that shape (output rows first) under a format (see `schemes.bits`).
@@ -88,21 +93,42 @@ def estimate(model: str, scheme: str = "bf16", *, batch: int = 1, context: int |
 
     `context`: tokens that the cache holds, else `CONTEXT`, or as many as the model has positions.
 
-    Raises QwlibError for an unknown model or scheme, and for a longer context than the model has positions.
+    Raises QwlibError for an unknown model or scheme, for a longer context than the model has positions, and for a cache that
+    can't be predicted.
     """
     row, scheme = catalog.find(model), schemes.find(scheme)
     batch, most = whole_number(batch, "batch"), limits.positions(row.config())
     context = min(CONTEXT, most or CONTEXT) if context is None else whole_number(context, "context")
     if most and context > most:
         raise QwlibError(f"a context of {context} tokens is more than the {most} positions of {row.name}")
-    shapes = meta_model(row, scheme.base)
     weights = state = read = parameters = 0
-    for part, numel, w, s in _stored(shapes, scheme):
+    for part, numel, w, s in _stored(meta_model(row, scheme.base), scheme):
         parameters, weights, state = parameters + numel, weights + w, state + s
         read += 0 if part in ("embedding", "buffers") else w + s
     kv = batch * _cache_bytes(row, scheme.base, context)
     per_token = _cache_bytes(row, scheme.base, 1)
     return Estimate(row.name, scheme.name, parameters, weights, state, kv, per_token, read, batch, context)
+
+
+def held_bytes(model: str, scheme: str = "bf16") -> int:
+    """Bytes of weights and state alone: those that loading needs, also of a model whose cache can't be predicted.
+
+    Raises QwlibError for an unknown model or scheme.
+    """
+    row, scheme = catalog.find(model), schemes.find(scheme)
+    return sum(weights + state for _, _, weights, state in _stored(meta_model(row, scheme.base), scheme))
+
+
+def outside(model: str) -> float:
+    """Share of the parameters that no scheme quantizes, because they lie in no linear layer: the experts of many mixtures are one
+    tensor a layer. Embedding and head are not meant.
+
+    Raises QwlibError for an unknown model.
+    """
+    counted = {"other": 0}
+    for part, numel, _, _ in _stored(meta_model(catalog.find(model)), schemes.find("nf4")):
+        counted[part] = counted.get(part, 0) + numel
+    return counted["other"] / sum(counted.values())
 
 
 def breakdown(model: str, scheme: str = "bf16") -> dict[str, int]:
@@ -149,13 +175,17 @@ def _cache_bytes(row: catalog.Model, base: str, tokens: int) -> int:
     import torch
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with torch.inference_mode(), hub.explained(row):
-        model = meta_model(row, base)
+    model = meta_model(row, base)
+    with torch.inference_mode():
         try:
-            out = model(ids, use_cache=True)
-        except RuntimeError:
-            # GPT-2's kind looks for padding where there is no mask, LFM2 looks into a mask; here are no values to find
-            out = model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
+            try:
+                out = model(ids, use_cache=True)
+            except RuntimeError:
+                # GPT-2's kind looks for padding where there is no mask, LFM2 looks into a mask; here are no values to find
+                out = model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        except Exception as error:  # code that looks at values, or at a layer that so small a model has not
+            why = f"the cache of {row.name} can't be predicted from shapes ({hub.point(error)[:100]})"
+            raise QwlibError(f"{why}: load the model, and look at lm.memory") from None
     cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
     held = [vars(layer).values() for layer in getattr(cache, "layers", [])]
     tensors = [t for values in held for t in values if isinstance(t, torch.Tensor) and t.is_floating_point()]

@@ -18,6 +18,8 @@ WANTED = [
     "*.onnx",
     "*.onnx.data",
 ]  # never pickles, never code
+# the one sub-folder that loading reads: templates besides the default one, by name (transformers.utils.hub.CHAT_TEMPLATE_DIR)
+TEMPLATES = "additional_chat_templates"
 
 
 def fetch(row) -> str:
@@ -33,7 +35,8 @@ def fetch(row) -> str:
             "or take an open model such as phi-3-mini"
         )
     with explained(row):
-        return snapshot_download(row.source, revision=row.revision, allow_patterns=WANTED, ignore_patterns=["*/*"])
+        found = snapshot_download(row.source, revision=row.revision, allow_patterns=WANTED, ignore_patterns=["*/*"])
+        return snapshot_download(row.source, revision=Path(found).name, allow_patterns=[f"{TEMPLATES}/*.jinja"])
 
 
 def gguf_folder(name: str) -> tuple[str, str | None]:

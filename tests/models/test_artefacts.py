@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import qwlib
 from qwlib import files
+from qwlib.backends import hf
 from qwlib.errors import QwlibError
 from qwlib.loading import quantizing
 from qwlib.measuring import bench, describing, worker
 from qwlib.models import artefacts, catalog, checkpoints
+from qwlib.publishing import publish
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,15 @@ def test_the_manifest_tells_what_it_is(made):
         assert file["sha256"] == files.sha256(folder / name)
 
 
+def test_two_who_ask_at_once_quantize_once(made, tmp_path, monkeypatch):
+    begun, plain = [], quantizing._make
+    monkeypatch.setattr(quantizing, "_make", lambda *args: (begun.append(args), plain(*args)))
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(quantizing.quantize, made[0], "nf4", tmp_path / "both") for _ in range(2)]
+    assert [each.result() for each in asked] == [tmp_path / "both"] * 2
+    assert len(begun) == 1
+
+
 def test_it_opens_as_the_model_that_was_quantized(made):
     model, folder = made
     ids = torch.randint(0, 1000, (2, 9))
@@ -51,6 +64,43 @@ def test_it_opens_as_the_model_that_was_quantized(made):
         assert torch.equal(lm.logits(ids), expected)
     with qwlib.load(model) as lm:
         assert lm.scheme.name == "bf16"
+
+
+def test_templates_beside_the_default_one_come_along(made, tmp_path):
+    """transformers writes them into a sub-folder, a file each."""
+    source, message = Path(shutil.copytree(made[0], tmp_path / "source")), [{"role": "user", "content": "hello"}]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {
+        "default": "{{ messages[0]['content'] }}",
+        "tool_use": "TOOLS {{ messages[0]['content'] }}",
+    }
+    tokenizer.save_pretrained(source)
+    folder = quantizing.quantize(str(source), "nf4", tmp_path / "artefact")
+    (copied := tmp_path / "copied").mkdir()
+    hf.copy_texts(folder, copied)  # what makers do that write weights alone
+    for place in (folder, copied):
+        again = AutoTokenizer.from_pretrained(place)
+        assert again.chat_template == tokenizer.chat_template
+        assert again.apply_chat_template(message, chat_template="tool_use", tokenize=False) == "TOOLS hello"
+    named = folder / "additional_chat_templates" / "tool_use.jinja"
+    assert publish.check(folder)["files"][named.relative_to(folder).as_posix()]["bytes"] == named.stat().st_size
+    one = checkpoints.source(catalog.find(str(source)))
+    (source / named.relative_to(folder)).write_text("another")
+    assert checkpoints.source(catalog.find(str(source))) != one
+    named.write_text("TOOLS")
+    with pytest.raises(QwlibError, match=r"additional_chat_templates/tool_use.jinja in .* has 5 bytes instead of"):
+        artefacts.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.json", "additional_chat_templates/../x.jinja", "other/x.jinja", "a\\b.json"]
+)
+def test_a_manifest_names_no_file_elsewhere(copy, name):
+    manifest = json.loads((copy / artefacts.MANIFEST).read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    (copy / artefacts.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(QwlibError, match="is damaged"):
+        artefacts.verify(copy)
 
 
 def test_the_same_request_finds_it_again(made, monkeypatch):

@@ -5,9 +5,12 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import TINY
+from typer.testing import CliRunner
 
 import qwlib
+from qwlib import __main__ as main
 from qwlib import schemes
 from qwlib.models import catalog, estimates
 
@@ -99,3 +102,22 @@ def test_a_state_space_model_has_an_estimate_too(tmp_path):
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1000, "state_size": 8}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"} | shape))
     assert qwlib.estimate(str(tmp_path), "nf4").weights_bytes > 0
+
+
+def test_experts_of_a_mixture_stay_in_16_bits_and_the_estimate_says_so(tmp_path, row_of):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(vocab_size=1001, num_key_value_heads=2, num_local_experts=4, **shape)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    four, sixteen = (qwlib.estimate(str(tmp_path), scheme) for scheme in ("nf4", "bf16"))
+    assert experts / four.parameters < estimates.outside(str(tmp_path)) < experts / four.parameters + 0.01  # and norms
+    assert 8 * experts * 2 / four.parameters < four.held_bits
+    assert sixteen.held_bits == pytest.approx(16, abs=0.01)
+    assert estimates.outside(row_of("smollm2-135m")) < 0.001
+    assert qwlib.estimate(row_of("smollm2-135m"), "nf4").held_bits == pytest.approx(7.1, abs=0.2)  # a large embedding
+    done = CliRunner().invoke(main.app, ["estimate", str(tmp_path), "nf4"]).stdout
+    assert f"{four.held_bits:.2f}" in done
+    assert f"{estimates.outside(str(tmp_path)):.0%} of the parameters lie in no linear layer" in done
+    assert "no linear layer" not in CliRunner().invoke(main.app, ["estimate", "opt-350m", "nf4"]).stdout

@@ -45,6 +45,7 @@ DATA = [
     (*labelled._XSTEST, XSTEST),
     (*labelled._AEGIS, json.dumps(AEGIS).encode()),
 ]
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
 TUNED = {"sub/adapter_config.json": b"{}", "sub/adapter_model.safetensors": b"weights"}  # nothing in the root
 
 
@@ -52,7 +53,8 @@ TUNED = {"sub/adapter_config.json": b"{}", "sub/adapter_model.safetensors": b"we
 def hub(tiny_folder, tmp_path):
     """`good/tiny` is a model, `good/files` holds GGUF files, `good/tuned` an adapter; `gated/model` asks for a licence."""
     with Hub(tmp_path / "hub", {TOKEN: "me"}) as hub:
-        hub.fill("good/tiny", {path.name: path.read_bytes() for path in Path(tiny_folder("qwen2")).iterdir()})
+        files = {path.name: path.read_bytes() for path in Path(tiny_folder("qwen2")).iterdir()}
+        hub.fill("good/tiny", files | {TEMPLATE: b"{{ messages }}", "other/x.json": b"{}"})
         hub.fill("good/files", {PACKAGED.name: PACKAGED.read_bytes()})
         hub.fill("good/tuned", TUNED)
         for name, path, data in DATA:
@@ -85,6 +87,8 @@ def test_a_hub_id_loads_like_a_name_and_the_token_goes_to_the_hub_only(hub, tmp_
     assert predicted == measured
     assert second == "torch.Size([1, 3])"
     assert any(path.endswith(".safetensors") for _, path, _ in hub.seen)
+    assert any(path.endswith(TEMPLATE) for _, path, _ in hub.seen)
+    assert not any(path.endswith("other/x.json") for _, path, _ in hub.seen)
 
     assert {user for _, _, user in hub.seen} == {"me"}
     assert TOKEN not in done.stdout + done.stderr
