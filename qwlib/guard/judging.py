@@ -20,8 +20,7 @@ from types import SimpleNamespace
 
 from ..errors import QwlibError, whole_number
 from ..models import texts
-from ..running import chats
-from ..running import lm as lms
+from ..running import chats, padding
 from . import guards, labelled, verdicts
 from .verdicts import TAXONOMY
 
@@ -162,7 +161,7 @@ class Judge:
         for number, ids in enumerate(asked):
             self._check_room(number, ids, new_tokens)
         for first in range(0, len(rows), batch):
-            part, ids = rows[first : first + batch], lms.pad_left(asked[first : first + batch])
+            part, ids = rows[first : first + batch], padding.pad_left(asked[first : first + batch])
             began = time.perf_counter()
             out = self.lm.stream(ids, new_tokens=new_tokens, on_token=on_token, stop_at_eos=True)
             took = time.perf_counter() - began
@@ -231,7 +230,7 @@ class Judge:
         """
         import torch
 
-        wide = lms.pad_left(rows)
+        wide = padding.pad_left(rows)
         reach = min(1 + max(map(len, self._words.values())) + len(self._between), wide.shape[1])
         found = self.lm.logits(wide, last=reach, after=after, precise=True).float().log_softmax(-1)
         first = [[self._words[word][0] for word in words] for words in (self.row.safe, self.row.unsafe)]

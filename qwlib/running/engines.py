@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import QwlibError
 from ..machine import memory
 from ..models import limits
+from . import causal, padding
 
 
 class NoGraph(QwlibError):
@@ -46,7 +47,23 @@ class Transformers:
     unhook: Callable | None = None  # takes off what `arithmetic.hook` has set
     decoder: Any = None
     must: bool = False
-    why: str = ""
+    reason: str = ""  # for what decodes
+    _manner: causal.Manner | None = None
+
+    @property
+    def manner(self) -> causal.Manner:
+        """How this model is to be read, looked at before its first request.
+
+        Raises QwlibError for a model that is no causal decoder.
+        """
+        if self._manner is None:
+            self._manner = causal.look(self.model, self.device, self.vocabulary, self.longest, self.pad)
+        return self._manner
+
+    @property
+    def why(self) -> str:
+        """Why it decodes as it does, and why it reads rows one by one, if it was seen to have to."""
+        return "; ".join(filter(None, (self.reason, self._manner.why if self._manner else "")))
 
     @property
     def name(self) -> str:
@@ -68,6 +85,11 @@ class Transformers:
         return [i for i in (self.model.generation_config.pad_token_id, *self.ends) if i in range(self.vocabulary)]
 
     @property
+    def pad(self) -> int:
+        """The token id that stands where a row has none."""
+        return next(iter(self.stops), 0)
+
+    @property
     def ends(self) -> list[int]:
         """Token ids that end an answer."""
         ends = self.model.generation_config.eos_token_id
@@ -80,7 +102,12 @@ class Transformers:
         """
         import torch
 
+        if self.manner.why and not mask.all():
+            return padding.scored_apart(
+                ids, mask, last, lambda row, n: self.logits(row[None], torch.ones_like(row)[None], n, after, precise)[0]
+            )
         if after and (after.kept is None or self._window < len(after.ids) + ids.shape[1]):
+            last = last or ids.shape[1]
             first = torch.tensor([after.ids]).expand(len(ids), -1)  # read again with every row
             places = torch.cat([mask.new_ones(first.shape), mask], -1).sort(
                 dim=-1, stable=True
@@ -96,8 +123,10 @@ class Transformers:
                 cache = copy.deepcopy(after.kept)  # the forward appends to it
                 cache.batch_repeat_interleave(len(ids))
             settings = {"past_key_values": cache, "use_cache": before > 0, **wanted}
+            if self.manner.positions:
+                settings["position_ids"] = positions
             with _float32_head(self.model) if precise else contextlib.nullcontext():
-                scores = self.model(ids, attention_mask=mask, position_ids=positions, **settings).logits
+                scores = self.model(ids, attention_mask=mask, **settings).logits
         return scores[:, -last:] if last else scores
 
     def prefix(self, ids: list[int]) -> Prefix:
@@ -105,6 +134,7 @@ class Transformers:
         import torch
         from transformers.cache_utils import DynamicLayer
 
+        self.manner  # noqa: B018 looked at before anything else is read
         wanted = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         with torch.inference_mode():
             read = self.model(torch.tensor([ids], device=self.device), use_cache=True, **wanted)
@@ -122,21 +152,39 @@ class Transformers:
     def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
         """(batch × new) on the host, greedy unless `sampling` (`sampling.Sampling`) says otherwise.
 
-        Raises QwlibError where a decoder that must be used can't do this model's steps.
+        Raises QwlibError where a decoder that must be used can't do this model's steps, and for rows of other lengths where they
+        have to be read one by one and are to be streamed or drawn.
         """
+        if self.manner.why and not mask.all():
+            if streamer or sampling:
+                raise QwlibError(f"{self.manner.why}; ask for one row, or for rows of one length")
+            return self._answers_one_by_one(ids, mask, new_tokens, stop_at_eos)
+        if self.decoder is not None and not self.manner.positions:
+            if self.must:
+                raise QwlibError("no graph: the model counts positions in a way of its own; decode with engine='eager'")
+            self.decoder, self.reason = None, "no graph: the model counts positions in a way of its own"
         if self.decoder is not None and self.decoder.lock.acquire(blocking=False):
             lock, settings = self.decoder.lock, {"streamer": streamer, "stop_at_eos": stop_at_eos, "sampling": sampling}
-            ends, pad = self.ends, next(iter(self.stops), 0)
+            ends, pad = self.ends, self.pad
             try:
                 return self.decoder.generate(ids, mask, new_tokens=new_tokens, ends=ends, pad=pad, **settings)
             except NoGraph as error:
                 if self.must:
                     raise QwlibError(f"{error}; decode with engine='eager'") from None
-                self.decoder, self.why = self.decoder if error.once else None, str(error)
+                self.decoder, self.reason = self.decoder if error.once else None, str(error)
             finally:
                 lock.release()
             memory.give_back()
         return self._generate(ids, mask, new_tokens, streamer, stop_at_eos, sampling)
+
+    def _answers_one_by_one(self, ids, mask, new_tokens, stop_at_eos):
+        """`generate` of rows without their padding; one that ended early is padded behind its end."""
+        import torch
+
+        alone = [row[real][None] for row, real in zip(ids, mask.bool(), strict=True)]
+        settings = {"new_tokens": new_tokens, "stop_at_eos": stop_at_eos}
+        answers = [self.generate(row, torch.ones_like(row), **settings)[0] for row in alone]
+        return torch.nn.utils.rnn.pad_sequence(answers, True, self.pad)
 
     def _generate(self, ids, mask, new_tokens, streamer, stop_at_eos, sampling):
         """transformers' own."""
@@ -151,7 +199,7 @@ class Transformers:
             **drawn,
             max_new_tokens=new_tokens,
             min_new_tokens=None if stop_at_eos else new_tokens,
-            pad_token_id=next(iter(self.stops), 0),
+            pad_token_id=self.pad,
             eos_token_id=self.ends or None,
         )
         ids, mask = ids.to(self.device), mask.to(self.device)
@@ -197,7 +245,7 @@ def _float32_head(model) -> Iterator[None]:
 
     def again(module, inputs, _):
         hidden = inputs[0].float()
-        parts = [hidden @ rows.float().T for rows in module.weight.split(16_384)]
+        parts = [hidden @ some.float().T for some in module.weight.split(16_384)]
         bias = 0 if module.bias is None else module.bias.float()
         return torch.cat(parts, -1) + bias
 

@@ -17,7 +17,7 @@ from typing import Any
 from .. import schemes
 from ..errors import QwlibError, whole_number
 from ..models import catalog, hub, texts
-from . import chats, engines, streaming
+from . import chats, engines, padding, streaming
 
 
 @dataclass
@@ -61,10 +61,10 @@ class Lm:
         `special=False` leaves out the tokens that a tokenizer puts at the start: chat templates bring their own. What it puts
         at the end is left out always (see `text_ids`).
         """
-        rows = [texts.checked(each) for each in ([text] if isinstance(text, str) else text)]
-        if not rows:
+        given = [texts.checked(each) for each in ([text] if isinstance(text, str) else text)]
+        if not given:
             raise QwlibError("there is no text to encode")
-        return pad_left([text_ids(self.tokenizer, row, special=special)[0] for row in rows])
+        return padding.pad_left([text_ids(self.tokenizer, each, special=special)[0] for each in given])
 
     def chat(self, *questions: str):
         """Token ids of one user message a row, in the model's chat format if it has one."""
@@ -98,7 +98,7 @@ class Lm:
         if not why and engine != "eager":
             made = decoding.Decoder(self.model, self.device, compiled=engine == "compiled")
         self.engine.decoder, self.engine.must = made, engine is not None
-        self.engine.why = "asked for" if engine else why or "a graph where there can be one"
+        self.engine.reason = "asked for" if engine else why or "a graph where there can be one"
         return self
 
     def stream(
@@ -113,10 +113,12 @@ class Lm:
         return self.generate(ids, new_tokens=new_tokens, streamer=streamer, stop_at_eos=stop_at_eos, sampling=sampling)
 
     def generate(self, ids, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
-        """The same with any of transformers' streamers; shapes as in `stream`."""
+        """The same with any of transformers' streamers; shapes as in `stream`. What a streamer raises comes out as it is."""
         ids, mask = self._prepare(ids, whole_number(new_tokens, "new_tokens"))
-        settings = {"streamer": streamer, "stop_at_eos": stop_at_eos, "sampling": sampling}
-        return self.engine.generate(ids, mask, new_tokens=new_tokens, **settings)
+        watched = streaming.Watched(streamer) if streamer else None
+        settings = {"streamer": watched, "stop_at_eos": stop_at_eos, "sampling": sampling}
+        with self._read(watched):
+            return self.engine.generate(ids, mask, new_tokens=new_tokens, **settings)
 
     def logits(self, ids, *, last: int | None = None, after=None, precise: bool = False):
         """Scores of the next token at every position, or at the `last` ones only, which spares the head the others.
@@ -138,8 +140,8 @@ class Lm:
             return self.engine.prefix(list(ids))
 
     @contextlib.contextmanager
-    def _read(self) -> Iterator[None]:
-        """What a model's own code raises while it reads, in one line; the allocator's errors stay what they are."""
+    def _read(self, streamer=None) -> Iterator[None]:
+        """What a model's own code raises while it reads, in one line; errors of the allocator and of a streamer stay theirs."""
         import torch
 
         try:
@@ -147,9 +149,11 @@ class Lm:
         except (QwlibError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise QwlibError(
-                f"{self.row.name} in {self.scheme.name} can't read these ids: {hub.point(error)}"
-            ) from error
+            if streamer and streamer.raised:
+                raise
+            instead = "" if self.scheme.backend == "transformers" else "; try it in bf16"
+            said = f"{self.row.name} in {self.scheme.name} can't read these ids: {hub.point(error)}{instead}"
+            raise QwlibError(said) from error
 
     def save(self, folder) -> None:
         """Write model and tokenizer with `save_pretrained`, quietly; `load(folder, scheme)` reads them back.
@@ -180,7 +184,7 @@ class Lm:
 
         if not isinstance(ids, torch.Tensor):
             try:
-                ids = pad_left(ids)
+                ids = padding.pad_left(ids)
             except (TypeError, ValueError, RuntimeError, OverflowError):
                 raise QwlibError("token ids are rows of whole numbers: `encode` makes them of a text") from None
         if ids.dim() != 2 or not ids.numel():
@@ -217,14 +221,6 @@ def text_ids(tokenizer, text: str, *, special: bool = True, places: bool = False
     while length and found.special_tokens_mask[length - 1] and any(not each for each in found.special_tokens_mask):
         length -= 1
     return found.input_ids[:length], found["offset_mapping"][:length] if places else None
-
-
-def pad_left(rows: list[list[int]]):
-    """Rows of ids as one tensor, the shorter ones padded with -1 on the left: new tokens must follow the last real one."""
-    import torch
-
-    longest = max((len(row) for row in rows), default=0)
-    return torch.tensor([[-1] * (longest - len(row)) + list(row) for row in rows])
 
 
 @contextlib.contextmanager

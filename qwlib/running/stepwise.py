@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import QwlibError
+from . import padding
 from .engines import Prefix
 
 
@@ -54,21 +55,14 @@ class Stepwise:
         return Prefix(ids)
 
     def logits(self, ids, mask, last: int | None = None, after: Prefix | None = None, precise: bool = False):
-        """As `Transformers.logits`, in the type that the reader gives.
+        """As `Transformers.logits`, row by row, in the type that the reader gives."""
+        before = after.ids if after else []
 
-        A position before a row's first token, where nothing is read, scores 0 everywhere.
-        """
-        import torch
-
-        width, out = last or ids.shape[1], None
-        for number, (row, real) in enumerate(zip(ids, mask.bool(), strict=True)):
-            row, before = row[real].tolist(), after.ids if after else []
+        def read(row, wanted: int):
             self.reader.begin(len(before) + len(row))
-            scores = self.reader.read(before + row, min(width, len(row)))
-            if out is None:
-                out = torch.zeros(len(ids), width, self.vocabulary, dtype=scores.dtype, device=scores.device)
-            out[number, width - len(scores) :] = scores
-        return out
+            return self.reader.read(before + row.tolist(), wanted)
+
+        return padding.scored_apart(ids, mask, last, read)
 
     def generate(self, ids, mask, *, new_tokens: int, streamer=None, stop_at_eos: bool = False, sampling=None):
         """As `Transformers.generate`, for one row, greedy.

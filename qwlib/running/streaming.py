@@ -73,6 +73,23 @@ class Timeline:
         return None if self.tpot_s is None else self.batch / self.tpot_s
 
 
+class Watched:
+    """A streamer of which one sees whether an error was its own: `raised`."""
+
+    def __init__(self, streamer):
+        self.streamer, self.raised = streamer, False
+
+    def put(self, value) -> None:
+        self.raised = True
+        self.streamer.put(value)
+        self.raised = False
+
+    def end(self) -> None:
+        self.raised = True
+        self.streamer.end()
+        self.raised = False
+
+
 def token_streamer(on_token: Callable):
     """A transformers streamer that calls `on_token(tokens)` for each step, `tokens` a (batch,) tensor on the host.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qwlib.errors import QwlibError
 from qwlib.guard import guards, judging, labelled, verdicts
 from qwlib.guard.judging import Judge
-from qwlib.running import lm as lms
+from qwlib.running import padding
 
 FEW = {"S1": "Violence", "S2": "Fraud"}  # a short taxonomy: prompts of half the length
 PROMPTS = [
@@ -134,12 +134,12 @@ def test_batches_and_what_is_kept_change_nothing(judge, monkeypatch):
 
     assert worst(batch=8) < 1e-4
     assert worst(batch=2, reuse=False) < 1e-4
-    real = lms.pad_left
+    real = padding.pad_left
 
     def pad_right(rows):
         return torch.stack([torch.cat([row[row >= 0], row[row < 0]]) for row in real(rows)])
 
-    monkeypatch.setattr(lms, "pad_left", pad_right)
+    monkeypatch.setattr(padding, "pad_left", pad_right)
     assert worst(batch=8) > 1e-3
 
 

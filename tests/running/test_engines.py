@@ -5,8 +5,7 @@ import torch
 
 import qwlib
 from qwlib.errors import QwlibError
-from qwlib.running import lm as lms
-from qwlib.running import streaming
+from qwlib.running import padding, streaming
 from qwlib.running.engines import Transformers
 from qwlib.running.lm import Lm
 from qwlib.running.stepwise import Stepwise
@@ -76,7 +75,7 @@ def test_a_prefix_before_rows_of_other_lengths(tiny_folder, kind):
     """gemma2 looks back 16 positions only: padding between prefix and row would push some of them out of sight."""
     kept, rows = list(range(20, 32)), [[5, 6, 7, 8, 9, 10, 11, 12], [13], [14, 15, 16]]
     with qwlib.load(tiny_folder(kind), "fp32") as tiny:
-        found = tiny.logits(lms.pad_left(rows), last=1, after=tiny.prefix(kept))[:, -1]
+        found = tiny.logits(padding.pad_left(rows), last=1, after=tiny.prefix(kept))[:, -1]
         alone = torch.cat([tiny.logits([kept + row], last=1)[:, -1] for row in rows])
         assert torch.allclose(found, alone, atol=1e-4)
         assert not torch.allclose(found.roll(1, 0), alone, atol=1e-4)
@@ -89,6 +88,23 @@ def test_precise_scores_are_not_rounded_to_sixteen_bits(lm):
     assert (precise - rounded.float()).abs().max() <= rounded.float().abs().max() / 256  # bf16 keeps 8 bits
     assert not torch.equal(precise, precise.bfloat16().float())
     assert torch.equal(lm.logits(ids, last=2), rounded)  # the hook is gone
+
+
+def test_an_error_of_the_models_code_is_one_line_and_that_of_a_callback_its_own(shallow32, monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        shallow32.stream([[5, 6]], new_tokens=2, on_token=lambda _: 1 / 0)
+    broken = shallow32.model.model.layers[0].register_forward_pre_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    try:
+        for ask in (
+            lambda: shallow32.stream([[5, 6]], new_tokens=1, on_token=print),
+            lambda: shallow32.logits([[5, 6]]),
+        ):
+            with pytest.raises(
+                QwlibError, match="in fp32 can't read these ids: RuntimeError: inconsistent tensor size"
+            ):
+                ask()
+    finally:
+        broken.remove()
 
 
 def test_a_stream_is_the_same_one(lm32, twin):

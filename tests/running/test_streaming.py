@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 
+from qwlib.errors import QwlibError
 from qwlib.running import streaming
 from qwlib.running.streaming import Timeline
 
@@ -94,7 +95,7 @@ def test_an_error_in_the_thread_is_carried_over(lm, monkeypatch):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(lm.engine, "generate", broken)
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(QwlibError, match="RuntimeError: out of luck"):
         list(streaming.text_chunks(lm, [[5, 6]], new_tokens=4))
 
 
