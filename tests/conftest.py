@@ -7,6 +7,8 @@ import sys
 import pytest
 
 import qwlib
+from qwlib.backends import environment
+from qwlib.loading import quantizing
 from qwlib.machine import processes, processor
 from qwlib.models import catalog
 
@@ -124,6 +126,22 @@ def repacks() -> bool:
     import torch
 
     return not torch.cuda.is_available() and processor.capability() in processor.BF16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def makers_take_every_core():
+    """Whoever wants the same artefact waits for it, so that the cores are free meanwhile."""
+    plain = environment.command
+
+    def command(name: str, module: str, *arguments: str) -> dict:
+        call = plain(name, module, *arguments)
+        if module == quantizing.__name__:
+            call["env"].pop("OMP_NUM_THREADS", None)
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "command", command)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -85,10 +85,12 @@ class Float32Products(TorchFunctionMode):
             if all(map(_narrow, args[:2])) and args[0].shape[:-1].numel() >= ROWS:
                 return linear(*args)
         elif function in PRODUCTS and "out" not in kwargs:
-            tensors = [each for each in args if isinstance(each, torch.Tensor)]
+            given = [*args, *kwargs.values()]  # BLOOM names the factors of its product
+            tensors = [each for each in given if isinstance(each, torch.Tensor)]
             if all(map(_narrow, tensors)) and tensors[-2].dim() > 1 and tensors[-2].shape[-2] >= ROWS:
-                wide = (each.float() if isinstance(each, torch.Tensor) else each for each in args)
-                return function(*wide, **kwargs).to(tensors[0].dtype)
+                wide = [each.float() if isinstance(each, torch.Tensor) else each for each in given]
+                named = dict(zip(kwargs, wide[len(args) :], strict=True))
+                return function(*wide[: len(args)], **named).to(tensors[0].dtype)
         return function(*args, **kwargs)
 
 

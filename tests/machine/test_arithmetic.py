@@ -200,7 +200,7 @@ def test_few_rows_follow_what_bitsandbytes_has(monkeypatch):
         assert bnb.few_rows_in_float32() is wanted
 
 
-@pytest.mark.parametrize("kind", ["matmul", "@", "bmm", "addmm", "baddbmm"])
+@pytest.mark.parametrize("kind", ["matmul", "@", "bmm", "addmm", "baddbmm", "named"])
 def test_products_of_two_tensors_are_calculated_in_float32_too(kind):
     torch.manual_seed(0)
     rows = arithmetic.ROWS
@@ -211,6 +211,7 @@ def test_products_of_two_tensors_are_calculated_in_float32_too(kind):
         "bmm": lambda a, b, c: a.bmm(b),
         "addmm": lambda a, b, c: torch.addmm(c[0], a[0], b[0]),
         "baddbmm": lambda a, b, c: torch.baddbmm(c, a, b, beta=0.5),
+        "named": lambda a, b, c: c.baddbmm(batch1=a, batch2=b, beta=0.5, alpha=2.0),
     }
     with arithmetic.Float32Products():
         got, few = calls[kind](a, b, c), calls[kind](a[:, :1], b, c[:, :1])
