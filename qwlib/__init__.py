@@ -22,6 +22,7 @@ FACE = {
     "estimate": "models.estimates",
     "quantize": "loading.quantizing",
     "bench": "measuring.bench",
+    "came_true": "lessons.predictions",
     "MODELS": "models.catalog",
     "SCHEMES": "schemes",
     "BACKENDS": "backends",
@@ -29,7 +30,7 @@ FACE = {
 MODULES = {
     name: room
     for room, names in {
-        "machine": "clock devices memory",
+        "machine": "clock devices memory processor",
         "lessons": "exercises fourbit integers pictures",
         "models": "artefacts catalog checkpoints embedded estimates hub texts",
         "running": "streaming",

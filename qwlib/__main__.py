@@ -345,6 +345,28 @@ def nightly(
 
 
 @app.command()
+def outputs(
+    everything: Annotated[bool, typer.Option("--all", help="also those whose source has not changed")] = False,
+    size: Annotated[str, typer.Option(help="nightly, or smoke")] = "nightly",
+) -> None:
+    """Execute the notebooks whose source has changed, and write their outputs into them; the machine should be idle.
+
+    Exit codes: 0 fine, 2 a notebook failed.
+    """
+    from .nightly import outputs, suite
+
+    plans = [plan for plan in suite.plans(Path("notebooks"), size) if not plan.skip]
+    wanted = [plan for plan in plans if everything or outputs.stale(plan.path)]
+    if not wanted:
+        return print("every notebook's outputs are of its source")
+    found = []
+    for plan in wanted:  # each is kept before the next one starts
+        found += outputs.refresh([plan], Path("runs/outputs"), size)
+    _outcomes(found)
+    sys.exit(0 if all(outcome.status == "passed" for outcome in found) else 2)
+
+
+@app.command()
 def links() -> None:
     """Write the address that stands in pyproject.toml into badges and set-up cells."""
     from .nightly import opening

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import qwlib
+from qwlib.nightly import outputs
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -34,13 +35,24 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestNotebook:
-    def test_nothing_that_was_executed_is_stored(self, path):
+    def test_it_shows_outputs_of_its_own_source_or_none(self, path):
+        """`make outputs` executes what has changed."""
+        if any(cell.get("outputs") for cell in cells(path)):
+            assert not outputs.stale(path), f"{path.name} has changed since its outputs were made: make outputs"
+
+    def test_its_outputs_are_clean_and_small(self, path):
         whole = json.loads(path.read_text(encoding="utf-8"))
-        assert "widgets" not in whole["metadata"]
-        assert "papermill" not in whole["metadata"]
+        assert path.stat().st_size <= 1_200_000
+        assert set(whole["metadata"]) <= {"kernelspec", "language_info", outputs.KEY}
         for cell in whole["cells"]:
-            assert not cell.get("outputs")
             assert cell.get("execution_count") is None
+            assert set(cell["metadata"]) <= {"tags"}
+        shown = [output for cell in whole["cells"] for output in cell.get("outputs", [])]
+        assert {output["output_type"] for output in shown} <= {"stream", "display_data", "execute_result"}
+        for output in shown:
+            assert len("".join(output.get("data", {}).get("image/png", ""))) * 3 / 4 <= 60_000
+        text = json.dumps([{k: v for k, v in o.get("data", o).items() if k != "image/png"} for o in shown])
+        assert not re.search(r"Traceback|\bhf_[A-Za-z0-9]{20,}|/home/|/root/|/Users/|/tmp/|widget", text)
 
     def test_the_opening_is_the_same_everywhere(self, path):
         first, second, third, *_ = cells(path)
@@ -95,6 +107,15 @@ class TestNotebook:
         assert statistics.median(lines) <= 8
         assert sorted(lines)[int(0.9 * (len(lines) - 1))] <= 20
         assert 1 <= kinds.count("markdown") / kinds.count("code") <= 2
+
+    def test_what_became_of_every_prediction_is_computed(self, path):
+        """Before the next one is made."""
+        told = True
+        for cell in cells(path)[1:]:
+            made = cell["cell_type"] == "markdown" and "**Prediction" in source(cell)
+            assert told or not made, source(cell)
+            told = not made and (told or "came_true(" in source(cell))
+        assert told
 
     def test_it_ends_with_a_summary_and_exercises(self, path):
         closing = next(source(c) for c in reversed(cells(path)) if c["cell_type"] == "markdown")

@@ -6,16 +6,19 @@ Arrays and tensors in, a matplotlib Figure out, in the look of `plots.py`.
 import itertools
 from collections.abc import Mapping, Sequence
 
-from ..figures import COLOURS, INK, axes
+from ..figures import COLOURS, INK, axes, looks
 
 
 def number_line(books: Mapping[str, Sequence[float]], values: Sequence[float] = ()):
     """Levels as ticks, one line a code book; `values` as dots above the first line, each tied to its nearest level there."""
     figure, (ax,) = axes(height=0.9 + 0.5 * len(books) + 0.5 * bool(len(values)))
-    for row, (colour, levels) in enumerate(zip(itertools.cycle(COLOURS), books.values(), strict=False)):
+    shown = looks(books)
+    for row, (name, levels) in enumerate(books.items()):
         levels = [float(level) for level in levels]
         ax.axhline(-row, color="#bbbbbb", linewidth=1, zorder=1)
-        ax.plot(levels, [-row] * len(levels), "|", color=colour, markersize=20, markeredgewidth=2, zorder=2)
+        ax.plot(
+            levels, [-row] * len(levels), "|", color=shown[name]["color"], markersize=20, markeredgewidth=2, zorder=2
+        )
         for value in map(float, values if row == 0 else ()):
             near = min(levels, key=lambda level, value=value: abs(level - value))
             ax.plot([value, near], [0.8, 0.2], color=COLOURS[5], linewidth=1)
@@ -99,8 +102,9 @@ def code_usage(counts: Mapping[str, Sequence[int]]):
     """How often each code is used, one panel a code book, codes from the lowest level to the highest; dashed: all alike."""
     figure, panels = axes(width=3.0 * len(counts) + 0.6, height=2.9, columns=len(counts))
     shares = {name: [100 * int(c) / max(sum(map(int, values)), 1) for c in values] for name, values in counts.items()}
-    for ax, colour, (name, values) in zip(panels, COLOURS, shares.items(), strict=False):
-        ax.bar(range(len(values)), values, color=colour, width=0.85)
+    shown = looks(shares)
+    for ax, (name, values) in zip(panels, shares.items(), strict=False):
+        ax.bar(range(len(values)), values, color=shown[name]["color"], width=0.85)
         ax.axhline(100 / len(values), color=INK, linestyle="--", linewidth=1)
         ax.set_title(name, fontsize=10, color=INK)
         ax.set_xlabel("level, lowest to highest")
@@ -113,14 +117,15 @@ def error_by_block(series: Mapping[str, Sequence[tuple[int, float, float]]]):
     """What smaller blocks buy and cost: `series` maps a label to (block size, bits a weight, relative error) triples.
 
     Left against the block size, right against the bits that a weight takes, its share of the scales included. Every second
-    series is dashed, in the colour of the one before it.
+    series is dashed.
     """
     figure, (left, right) = axes(width=9.0, height=3.4, columns=2)
+    shown = looks(series)
     for number, (label, points) in enumerate(series.items()):
-        style = {"color": COLOURS[number // 2 % len(COLOURS)], "linestyle": "--" if number % 2 else "-", "label": label}
+        style = shown[label] | {"linestyle": "--" if number % 2 else "-", "label": label}
         sizes, bits, errors = zip(*points, strict=True)
-        left.plot(sizes, [100 * e for e in errors], marker="o", markersize=4, **style)
-        right.plot(bits, [100 * e for e in errors], marker="o", markersize=4, **style)
+        left.plot(sizes, [100 * e for e in errors], markersize=4, **style)
+        right.plot(bits, [100 * e for e in errors], markersize=4, **style)
     left.set_xscale("log", base=2)
     left.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
     left.set_xlabel("block size (weights a scale)")

@@ -7,7 +7,7 @@ the same on a dark page, units on every axis.
 import itertools
 import math
 
-from ..figures import COLOURS, INK, axes
+from ..figures import COLOURS, INK, axes, looks
 
 
 def arrivals(series: dict[str, list[float]]):
@@ -29,7 +29,9 @@ def gap_histogram(gaps: dict[str, list[float]]):
     highest = max(numpy.percentile(values, 99) for values in gaps.values())
     lowest = min(min(values) for values in gaps.values())
     bins = numpy.linspace(1e3 * lowest * 0.95, 1e3 * highest * 1.05, 50)
-    for colour, (label, values) in zip(itertools.cycle(COLOURS), gaps.items(), strict=False):
+    shown = looks(gaps)
+    for label, values in gaps.items():
+        colour = shown[label]["color"]
         ms = 1e3 * numpy.asarray(values)
         ax.hist(numpy.clip(ms, bins[0], bins[-1]), bins, alpha=0.65, color=colour, label=f"{label}, n = {len(ms)}")
         ax.axvline(numpy.median(ms), color=colour, linestyle="--", linewidth=1.5)
@@ -45,10 +47,11 @@ def batch_sweep(sweeps: dict[str, list[dict]]):
     Both come from the median gap, which one slow moment of the machine does not move.
     """
     figure, (left, right) = axes(width=9.0, columns=2)
-    for colour, (label, speeds) in zip(itertools.cycle(COLOURS), sweeps.items(), strict=False):
+    shown = looks(sweeps)
+    for label, speeds in sweeps.items():
         batches = [s["batch"] for s in speeds]
-        left.plot(batches, [s["batch"] / s["itl_s"]["p50"] for s in speeds], "o-", color=colour, label=label)
-        right.plot(batches, [1e3 * s["itl_s"]["p50"] for s in speeds], "o-", color=colour, label=label)
+        left.plot(batches, [s["batch"] / s["itl_s"]["p50"] for s in speeds], linestyle="-", **shown[label], label=label)
+        right.plot(batches, [1e3 * s["itl_s"]["p50"] for s in speeds], linestyle="-", **shown[label], label=label)
     for ax, unit in ((left, "all users: tokens/s at the median gap"), (right, "each user: median ITL (ms)")):
         ax.set_xscale("log", base=2)
         ax.set_xticks(batches, [str(b) for b in batches])
@@ -88,7 +91,7 @@ def bars(rows: dict[str, float], unit: str):
 
 
 def predicted_and_measured(rows: dict[str, tuple[float, float]], unit: str):
-    """Pairs of bars on a logarithmic axis; `rows` maps a label to (prediction, measurement)."""
+    """Pairs of bars; `rows` maps a label to (prediction, measurement)."""
     figure, (ax,) = axes(width=6.0)
     for shift, index, name in ((-0.2, 0, "predicted limit"), (0.2, 1, "measured")):
         values = [pair[index] for pair in rows.values()]
@@ -96,8 +99,7 @@ def predicted_and_measured(rows: dict[str, tuple[float, float]], unit: str):
         ax.bar(places, values, width=0.38, color=COLOURS[index], label=name)
         for x, value in zip(places, values, strict=True):
             ax.annotate(f"{value:.3g}", (x, value), ha="center", va="bottom", color=INK)
-    ax.set_yscale("log")
-    ax.margins(y=0.2)
+    ax.margins(y=0.1)
     ax.set_xticks(range(len(rows)), list(rows))
     ax.set_ylabel(unit)
     ax.legend(frameon=False)
@@ -257,12 +259,13 @@ def reliability(bins: dict[str, list[dict]]):
     """Share of unsafe rows against mean P(unsafe), a bin of scores a point; maps a scheme to `classify.reliability`'s bins."""
     figure, (ax,) = axes(5.2, 4.2)
     ax.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    shown = looks(bins)
     for number, (name, found) in enumerate(bins.items()):
         mean = [each["mean_score"] + 0.008 * number for each in found]  # beside each other, not over each other
         share = [each["share_unsafe"] for each in found]
         low = [max(s - each["share_low"], 0) for s, each in zip(share, found, strict=True)]
         high = [max(each["share_high"] - s, 0) for s, each in zip(share, found, strict=True)]
-        style = {"fmt": "os^D"[number % 4], "color": COLOURS[number], "capsize": 2, "markersize": 5}
+        style = shown[name] | {"linestyle": "none", "capsize": 2, "markersize": 5}
         ax.errorbar(mean, share, yerr=[low, high], label=name, **style)
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.set_xlabel("mean P(unsafe) of a bin")

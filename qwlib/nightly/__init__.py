@@ -9,5 +9,6 @@ gates      whether a figure is worse, or noise
 history    one JSON line a night
 report     the index page
 pages      executed notebooks as HTML
+outputs    what committed notebooks show without being run
 opening    badge and set-up cell of every notebook
 """
