@@ -104,7 +104,11 @@ def write(config, folder: Path) -> Path:
 
 
 def outcome(folder: Path, scheme: str) -> str:
-    """`agrees`, `refused: …`, or what is wrong."""
+    """`agrees`, `refused: …`, or what is wrong; the folder goes by its name."""
+    return _said(folder, scheme).replace(str(folder), folder.name)
+
+
+def _said(folder: Path, scheme: str) -> str:
     try:
         with qwlib.load(str(folder), scheme, device="cpu") as lm:
             plain = lm.model
@@ -186,16 +190,17 @@ def main() -> None:
     for kind in asked or sorted(KINDS):
         if (config := tiny(kind)) is None:
             continue
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as above:
+            folder = Path(above) / kind
             try:
-                write(config, Path(folder))
+                write(config, folder)
             except Exception as error:
                 print(f"{kind}: not built: {type(error).__name__}: {str(error)[:100]}", flush=True)
                 continue
             gc.freeze()  # every load collects, and what was imported by now stays
-            found[kind] = {scheme: outcome(Path(folder), scheme) for scheme in SCHEMES}
+            found[kind] = {scheme: outcome(folder, scheme) for scheme in SCHEMES}
         for scheme, said in found[kind].items():
-            print(f"{kind:24}{scheme:8}{said.replace(folder, '')[:150]}", flush=True)
+            print(f"{kind:24}{scheme:8}{said[:150]}", flush=True)
     print(told(found))
     if not asked:
         facts = {"transformers": transformers.__version__, "processor": processor.name()}

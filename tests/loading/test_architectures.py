@@ -31,6 +31,7 @@ def test_the_comparison_finds_what_is_wrong(tmp_path, monkeypatch):
     """Positions that are off by one, and an answer that is not the likeliest."""
     folder = architectures.write(architectures.tiny("llama"), tmp_path)
     assert architectures.outcome(folder, "bf16") == "agrees"
+    assert architectures.outcome(tmp_path / "gone", "bf16").startswith("refused: no such folder: gone;")
     plain = architectures.qwlib.Lm.logits
     monkeypatch.setattr(architectures.qwlib.Lm, "logits", lambda lm, ids, **more: plain(lm, ids, **more).roll(1, 1))
     assert "scores are off by {'a row':" in architectures.outcome(folder, "bf16")
@@ -46,4 +47,5 @@ def test_the_comparison_finds_what_is_wrong(tmp_path, monkeypatch):
 
 def test_the_record_has_nothing_wrong_and_measured_md_says_its_counts():
     assert not [each for each in OUTCOMES.values() if any(said.startswith("wrong") for said in each.values())]
+    assert "/tmp" not in architectures.RESULT.read_text()
     assert architectures.told(OUTCOMES) in (ROOT / "docs" / "measured.md").read_text().replace("\n", " ")
