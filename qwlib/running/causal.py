@@ -16,7 +16,7 @@ from ..errors import QwlibError
 
 LONG, SHORT = 7, 3  # tokens of a row, and of its beginning; two such rows are fewer than `arithmetic.ROWS`
 # what moves scores by more than rounding: the root mean square of a position over the standard deviation of its scores. Rounding
-# moved the embedded model's by less than 0.0001, LLM.int8 by 0.15, padding that is read as text by 0.7 (a tiny RWKV: 1.1)
+# moved the embedded model's by less than 0.0001, LLM.int8 by 0.15, padding that is read as text those of a tiny RWKV by 1.1
 MOVES = 0.05
 SEEDS = (7, 8, 9)
 ALONE = ": rows of other lengths one by one"
