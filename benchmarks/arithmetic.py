@@ -83,7 +83,7 @@ def main() -> None:
     asked = parser.parse_args()
     print(f"{processor.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     dtype, why = arithmetic.choose(torch.bfloat16, torch.device("cpu"))
-    print(f"products of several rows in {str(dtype).removeprefix('torch.')} ({why})\n")
+    print(f"matrix multiplications with several rows in {str(dtype).removeprefix('torch.')} ({why})\n")
     if not asked.models:
         layers(asked.rounds)
     models(asked.scheme or ["bf16", "nf4-dq", "int8"], asked.rounds)

@@ -1,7 +1,13 @@
-"""The command line: models, schemes, backends, estimate, quantize, merge, bench, publish, run, nightly, links."""
+"""Quantize language models to 4 bits, measure the result, and run the notebooks.
+
+For a first look: python -m qwlib estimate smollm2-135m
+
+For help on one command: python -m qwlib COMMAND --help
+"""
 
 import contextlib
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -15,17 +21,24 @@ from .measuring import compare
 from .models import catalog
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-ModelName = Annotated[str | None, typer.Option(help="the same as MODEL")]
+ModelName = Annotated[str | None, typer.Option(metavar="NAME", help="Another way to give MODEL.")]
 FirstName = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="catalog name, Hub id or folder; else the embedded model")
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A catalog name, a Hugging Face Hub id or a folder. The default is the embedded model, smollm2-135m.",
+    ),
 ]
-SchemeNames = Annotated[list[str] | None, typer.Option("--scheme", help="the same as SCHEME; repeat for more")]
+SchemeNames = Annotated[
+    list[str] | None,
+    typer.Option("--scheme", metavar="NAME", help="Another way to give SCHEME. Repeat it for several schemes."),
+]
 
 
 def _named(first: str | None, option: str | None) -> catalog.Model:
-    """The row of the model that was named in front, or by --model; else the embedded one's."""
+    """The catalog row of the model given as MODEL or by --model. Without either, the embedded model's row."""
     if first and option and first != option:
-        raise QwlibError(f"two models are named, {first} and {option}: name one")
+        raise QwlibError(f"two models are named, {first} and {option}: name only one")
     name = first or option or catalog.EMBEDDED
     if first in schemes.SCHEMES and not Path(first).exists():
         raise QwlibError(f"{first} is a scheme: name the model before it, such as {catalog.EMBEDDED} {first}")
@@ -39,16 +52,23 @@ def _table(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, title_justify="left", header_style="bold")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+        # long headings take several lines, so that the values below them take one
+        lines = textwrap.fill(heading, 9, break_long_words=False, break_on_hyphens=False)
+        table.add_column(lines, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))  # what a notebook wrote may look like markup
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    console.print(table) if console.is_terminal else Console(width=240).print(table)
 
 
 @app.command()
 def models() -> None:
-    """List the models of the catalog."""
+    """List the models in the catalog.
+
+    Commands that take a MODEL also accept a Hugging Face Hub id or a local folder.
+
+    Example: python -m qwlib models
+    """
     rows = [
         [
             m.name,
@@ -59,52 +79,81 @@ def models() -> None:
         ]
         for m in catalog.MODELS.values()
     ]
-    _table("Models: any Hub id or folder works as well", ["name", "what", "source", "revision", "licence"], rows)
+    _table(
+        "Models. A Hub id or a folder works as well.", ["name", "description", "source", "revision", "licence"], rows
+    )
 
 
 @app.command(name="schemes")
 def list_schemes() -> None:
-    """List the schemes, what they store in which format, and whether they can run here."""
+    """List the schemes, the formats that they store weights in, and where they can run.
+
+    Linear layers, embedding and output head have a column each. In the
+    column `runs in`, `here` is the Python environment of this command.
+    `backends` is a second environment. To build it, run
+    `python -m qwlib backends --install`.
+
+    Example: python -m qwlib schemes
+    """
     rows = []
     for s in schemes.SCHEMES.values():
         python, why = environment.where(s.backend)
         parts = [s.name, f"{s.bits_per_weight:.2f}", s.linear, s.embedding, s.head]
         rows.append([*parts, why if python else f"no: {why}", s.what])
     _table(
-        "Schemes; bits of a linear layer's weight",
-        ["name", "bits/weight", "linear", "embedding", "head", "runs", "what"],
+        "Schemes. bits/weight is for a weight of a linear layer.",
+        ["name", "bits/weight", "linear layers", "embedding", "output head", "runs in", "description"],
         rows,
     )
 
 
 @app.command()
 def backends(
-    install: Annotated[bool, typer.Option("--install", help="build the second environment, or complete it")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Build or complete the second environment first.")] = False,
 ) -> None:
-    """List the backends and where each one runs: here, in the environment that --install builds, or why nowhere."""
+    """List the backends, and where each of them can run.
+
+    `here` is the Python environment of this command. `backends` is a second
+    environment, which --install builds. If a backend cannot run on this
+    machine, the table gives the reason.
+
+    Example: python -m qwlib backends --install
+    """
     if install:
-        print(f"ready: {environment.build()}")
+        print(f"The second environment is ready: {environment.build()}")
     rows = []
     for row in BACKENDS.values():
         python, why = environment.where(row.name)
         used = [s.name for s in schemes.SCHEMES.values() if row.name in (s.backend, s.maker)]
         rows.append([row.name, why if python else f"no: {why}", ", ".join(used)])
-    _table("Backends", ["name", "runs", "schemes that it makes or runs"], rows)
+    _table("Backends", ["name", "runs in", "schemes that it quantizes or runs"], rows)
 
 
 @app.command()
 def estimate(
     first: FirstName = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[SCHEME]...", help="schemes; else all")] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="SCHEME", help="One or more schemes. The default is all.")
+    ] = None,
     model: ModelName = None,
     scheme: SchemeNames = None,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="The batch size that the key-value cache is for.")] = 1,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="tokens in the key-value cache; else 2048, or as many as the model has positions"),
+        typer.Option(
+            min=1,
+            help="The number of tokens in the key-value cache. The default is 2048, or the model's limit if that is lower.",
+        ),
     ] = None,
 ) -> None:
-    """Predict memory from shapes alone; nothing is loaded."""
+    """Predict how much memory a model takes under a scheme.
+
+    The prediction uses only the shapes of the model's weights. No weights
+    are loaded. For bitsandbytes, the scales have a column of their own. For
+    most formats of other backends, `weights (GB)` includes them.
+
+    Example: python -m qwlib estimate llama-3.1-8b nf4-dq
+    """
     from .models import estimates
 
     row, rows = _named(first, model), []
@@ -114,34 +163,56 @@ def estimate(
     for e in found:
         parts = (e.weights_bytes, e.state_bytes, e.kv_bytes, e.total_bytes)
         rows.append([e.scheme, f"{e.held_bits:.2f}", *(f"{part / 1e9:.3f}" for part in parts)])
-    title = f"{row.name}, {e.parameters / 1e9:.3f} billion parameters; GB (10⁹ bytes); cache of {batch} × {e.context} tokens"
-    _table(title, ["scheme", "held bits", "weights", "state", "cache", "total"], rows)
+    title = (
+        f"{row.name}, {e.parameters / 1e9:.3f} billion parameters. 1 GB is 10⁹ bytes. "
+        f"The key-value cache is for batch size {batch} and {e.context} tokens."
+    )
+    headings = ["bits/parameter in memory", "weights (GB)", "scales (GB)", "key-value cache (GB)", "total (GB)"]
+    _table(title, ["scheme", *headings], rows)
     if (share := estimates.outside(row)) > 0.1:
-        print(f"{share:.0%} of the parameters lie in no linear layer, as experts of a mixture do, and stay in 16 bits.")
+        print(
+            f"{share:.0%} of the parameters are outside the linear layers and stay in 16 bits. "
+            "In a mixture of experts, the experts are among them."
+        )
 
 
 @app.command()
 def quantize(
     first: FirstName = None,
     second: Annotated[
-        str | None, typer.Argument(metavar="[SCHEME]", help="what to store the weights as: `schemes` lists all")
+        str | None,
+        typer.Argument(
+            metavar="SCHEME", help="The scheme to store the weights in. `python -m qwlib schemes` lists all."
+        ),
     ] = None,
     model: ModelName = None,
-    scheme: Annotated[str | None, typer.Option(help="the same as SCHEME")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write; else one in the cache")] = None,
+    scheme: Annotated[str | None, typer.Option(metavar="NAME", help="Another way to give SCHEME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write. The default is a folder in the cache.")] = None,
     group_size: Annotated[
-        int | None, typer.Option(min=1, help="weights that share a scale, if it can be chosen")
+        int | None,
+        typer.Option(min=1, help="The number of weights that share a scale. Only some schemes let you choose it."),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="to calibrate on: a file, wikitext2 or a guard; else docstrings")
+        str | None,
+        typer.Option(
+            help="The calibration text: a file, `wikitext2`, or the name of a guard. "
+            "The default is docstrings of Python's standard library."
+        ),
     ] = None,
 ) -> None:
-    """Quantize a model into a folder that says what it is; `bench --scheme FOLDER` measures it, `qwlib.load` opens it."""
+    """Quantize a model and write it to a folder.
+
+    The folder contains a manifest, which lists every file and says how the
+    model was made. In Python, `qwlib.load(FOLDER)` loads it. To measure it,
+    run `python -m qwlib bench --scheme FOLDER`.
+
+    Example: python -m qwlib quantize smollm2-135m nf4-dq
+    """
     from .loading import quantizing
     from .models import artefacts
 
     if second and scheme and second != scheme:
-        raise QwlibError(f"two schemes are named, {second} and {scheme}: name one")
+        raise QwlibError(f"two schemes are named, {second} and {scheme}: name only one")
     row = _named(first, model)
     if not (scheme := second or scheme):
         raise QwlibError(
@@ -155,12 +226,17 @@ def quantize(
 @app.command()
 def merge(
     first: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="a model with an adapter: nemoguard-8b, or model+adapter")
+        str | None, typer.Argument(metavar="MODEL", help="A model with an adapter: nemoguard-8b, or MODEL+ADAPTER.")
     ] = None,
     model: ModelName = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write; else one in the cache")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write. The default is a folder in the cache.")] = None,
 ) -> None:
-    """Merge a LoRA adapter into its model's 16-bit weights, to be quantized afterwards."""
+    """Merge a LoRA adapter into the 16-bit weights of its model.
+
+    The merged model can then be quantized. The command prints the folder that it wrote.
+
+    Example: python -m qwlib merge nemoguard-8b
+    """
     from .loading import merging
 
     print(merging.merge(_named(first, model), out))
@@ -171,23 +247,53 @@ def bench(
     first: FirstName = None,
     more: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SCHEME]...", help="schemes, quantized folders or GGUF files; else nf4-dq"),
+        typer.Argument(
+            metavar="SCHEME",
+            help="One or more schemes, folders of quantized models, or GGUF files. The default is nf4-dq.",
+        ),
     ] = None,
     model: ModelName = None,
     scheme: SchemeNames = None,
-    weights: Annotated[str, typer.Option(help="trained, or random: true shape and speed, no download")] = "trained",
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    runs: Annotated[int, typer.Option(min=1)] = 3,
-    engine: Annotated[str | None, typer.Option(help="eager, graph or compiled; else a graph where it can be")] = None,
-    quality: Annotated[bool, typer.Option(help="measure perplexity and divergence from 16-bit too")] = False,
-    protocol: Annotated[str, typer.Option(help="gptq-2048, hf-sliding, llamacpp-512, or other lengths")] = "gptq-512",
-    blocks: Annotated[int, typer.Option(min=1, help="windows of the text that are read")] = 16,
-    text: Annotated[str | None, typer.Option(help="a file, wikitext2 or wikitext2-raw; else the embedded text")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the records")] = Path("runs/bench"),
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="`trained` or `random`. Random weights have the model's true shape. They need no download and have no quality."
+        ),
+    ] = "trained",
+    batch: Annotated[int, typer.Option(min=1, help="The batch size.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="The length of each prompt, in tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="The number of tokens to generate.")] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="How often the generation is timed.")] = 3,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="`eager`, `graph` or `compiled`. The default is `graph` where that is possible, else `eager`."
+        ),
+    ] = None,
+    quality: Annotated[bool, typer.Option(help="Also measure perplexity, and KL divergence from 16-bit.")] = False,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="The perplexity protocol, such as gptq-2048, hf-sliding or llamacpp-512. "
+            "The number is the window length. Other lengths are possible."
+        ),
+    ] = "gptq-512",
+    blocks: Annotated[int, typer.Option(min=1, help="The number of windows of the text to read.")] = 16,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="The text to measure quality on: a file, `wikitext2` or `wikitext2-raw`. The default is the embedded text."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write the records to.")] = Path("runs/bench"),
 ) -> None:
-    """Measure memory, speed and (--quality) perplexity and divergence, one fresh process a row, 16-bit as the reference."""
+    """Measure memory and speed of schemes. With --quality, also measure perplexity and KL divergence.
+
+    Each scheme is measured in a new process. The 16-bit model is measured
+    first, as the reference.
+
+    Example: python -m qwlib bench --quality smollm2-135m int8 nf4-dq
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -196,9 +302,9 @@ def bench(
     row, wanted = _named(first, model), [*(more or []), *(scheme or [])] or ["nf4-dq"]
     rows = benching.targets(row, wanted)
     if weights not in ("trained", "random"):
-        raise QwlibError(f"--weights is trained or random, not {weights}")
+        raise QwlibError(f"--weights takes trained or random, not {weights}")
     if quality and weights == "random":
-        raise QwlibError("random weights have no quality: leave out --quality or take trained weights")
+        raise QwlibError("random weights have no quality: leave out --quality or use --weights trained")
     job = {"weights": weights, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs}
     job["engine"] = engine
     if quality:
@@ -218,7 +324,8 @@ def bench(
             progress.update(task, advance=1, description=f"{row.name} {record['scheme']['name']}")
     device = next((r["env"]["device"] for r in records), "")
     title = (
-        f"{row.name} ({weights} weights) on {device}; batch {batch}, {prompt_tokens} + {new_tokens} tokens, {runs} runs"
+        f"{row.name} ({weights} weights) on {device}. "
+        f"Batch size {batch}, {prompt_tokens} prompt tokens, {new_tokens} new tokens, {runs} run{'s' * (runs > 1)}."
     )
     _table(title, *compare.cells([r for r in records if "failure" not in r]))
     for record in (r for r in records if "failure" in r):
@@ -226,20 +333,33 @@ def bench(
         print(f"{record['scheme']['name']} {how}: {record['failure']['reason']}")
     for line in compare.protocols(records):
         print(line)
-    print(f"records: {out}")
+    print(f"The records are in {out}.")
     if all("failure" in r for r in records):
         sys.exit(1)
 
 
 @app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(help="what `quantize` wrote")],
-    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub")],
-    public: Annotated[bool, typer.Option("--public", help="for everybody to see; else private")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="send it; else a plan and the card are shown")] = False,
-    records: Annotated[Path, typer.Option(help="where `bench --scheme FOLDER` put its records")] = Path("runs/bench"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that `quantize` wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public. The default is private.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Send the files. Without it, only the plan and the model card are shown.")
+    ] = False,
+    records: Annotated[
+        Path, typer.Option(help="The folder with the records that `bench --scheme FOLDER` wrote.")
+    ] = Path("runs/bench"),
 ) -> None:
-    """Publish a quantized folder on the Hugging Face Hub, with a card of what was measured, and download it again to be sure."""
+    """Publish a quantized model on the Hugging Face Hub, with a model card.
+
+    The card contains the measurements of this model from the folder of
+    records. After sending, the command downloads the model again and compares
+    it with what was sent.
+
+    Example: python -m qwlib publish runs/smollm2-nf4 your-name/smollm2-nf4
+    """
     from .measuring import record
     from .publishing import card, publish
 
@@ -250,18 +370,19 @@ def publish(
     found = card.matching(manifest, found)
     if not found:
         print(
-            f"no record of it in {records}: `python -m qwlib bench --quality --scheme {folder}` makes one for the card"
+            f"There is no record of {folder} in {records}, so the card has no measurements. "
+            f"To measure: python -m qwlib bench --quality --scheme {folder}"
         )
     done = publish.publish(folder, repository, private=not public, dry_run=not yes, records=found)
     if not yes:
         print(done.card)
     print(done)
     if not yes:
-        print("nothing was sent: --yes sends it")
+        print("nothing was sent: add --yes to send it")
 
 
 def _setting(text: str) -> tuple[str, str]:
-    """NAME=VALUE; the notebook that declares the name says of what kind the value is."""
+    """Split NAME=VALUE into a name and a text. The notebook that declares the name gives the type of the value."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise QwlibError(f"--set takes NAME=VALUE, such as ROWS=176, not {text!r}")
@@ -271,17 +392,28 @@ def _setting(text: str) -> tuple[str, str]:
 @app.command()
 def run(
     notebooks: Annotated[
-        list[Path] | None, typer.Argument(help="notebooks; all of notebooks/ if none is named")
+        list[Path] | None,
+        typer.Argument(metavar="NOTEBOOK", help="One or more notebooks. The default is all in notebooks/."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="folder for runs")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="The folder to write results to.")] = Path("runs"),
     size: Annotated[
-        str | None, typer.Option(help="smoke or nightly of sizes.toml; else what the notebooks say")
+        str | None,
+        typer.Option(
+            help="Use the parameters for `smoke` or `nightly` from sizes.toml. The default is the notebooks' own parameters."
+        ),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE for a parameter of the notebooks; repeat for more")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Set a parameter of the notebooks. Repeat it for several."),
     ] = None,
 ) -> None:
-    """Execute the notebooks without a screen, and write an index page."""
+    """Execute notebooks from the command line, and write a report page.
+
+    The command prints the path of the report. The exit code is 0 if every
+    notebook passed or was skipped.
+
+    Example: python -m qwlib run notebooks/01_fundamentals.ipynb --size smoke
+    """
     from .nightly import runner, suite
 
     parameters = dict(map(_setting, settings or []))
@@ -301,26 +433,39 @@ def run(
 
 
 def _outcomes(outcomes: list) -> None:
-    headings = ["notebook", "status", "s", "reason"]
+    headings = ["notebook", "status", "seconds", "reason"]
     _table("Notebooks", headings, [[o.name, o.status, f"{o.seconds:.0f}", o.reason] for o in outcomes])
 
 
 @app.command()
 def nightly(
-    size: Annotated[str, typer.Option(help="nightly, or smoke: a quarter of an hour on two cores")] = "nightly",
+    size: Annotated[
+        str, typer.Option(help="`nightly`, or `smoke` for a small run: a quarter of an hour on two cores.")
+    ] = "nightly",
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the last night: what has no valid record")
+        bool,
+        typer.Option("--resume", help="Continue the last run. Only notebooks without a valid record are executed."),
     ] = False,
     update_baseline: Annotated[
-        bool, typer.Option("--update-baseline", help="accept what is measured as baselines/<device>.json")
+        bool, typer.Option("--update-baseline", help="Accept the measured values as the new baseline of this device.")
     ] = False,
-    notebooks: Annotated[Path, typer.Option(help="folder with notebooks and sizes.toml")] = Path("notebooks"),
-    out: Annotated[Path, typer.Option(help="folder for runs, and their history")] = Path("runs"),
-    baselines: Annotated[Path, typer.Option(help="folder with a baseline a device")] = Path("baselines"),
+    notebooks: Annotated[Path, typer.Option(help="The folder with the notebooks and sizes.toml.")] = Path("notebooks"),
+    out: Annotated[Path, typer.Option(help="The folder to write results and their history to.")] = Path("runs"),
+    baselines: Annotated[Path, typer.Option(help="The folder with one baseline file for each device.")] = Path(
+        "baselines"
+    ),
 ) -> None:
-    """Execute every notebook, hold each figure to its baseline, and write a report; docs/running.md tells more.
+    """Execute every notebook, compare each metric with its baseline, and write a report.
 
-    Exit codes: 0 fine, 1 a regression, 2 a notebook failed, 3 the harness itself.
+    docs/running.md explains when a notebook passes, and what counts as a
+    regression.
+
+    Exit code 0: everything passed.
+    Exit code 1: a metric regressed.
+    Exit code 2: a notebook failed.
+    Exit code 3: the nightly run itself failed.
+
+    Example: python -m qwlib nightly --size smoke
     """
     from .nightly import nights, report
 
@@ -337,7 +482,7 @@ def nightly(
     worse = [finding for finding in night.findings if finding.state == "regression"]
     if worse:
         cells = [[f.name, report.number(f.before), report.number(f.now), f.cause] for f in worse]
-        _table("Regressions", ["figure", "before", "now", "probable cause"], cells)
+        _table("Regressions", ["metric", "expected", "measured", "probable cause"], cells)
     for line in (*night.trouble, *night.notes, report.verdict(night)):
         print(line)
     print(f"report: {night.folder / 'index.html'}")
@@ -346,29 +491,45 @@ def nightly(
 
 @app.command()
 def outputs(
-    everything: Annotated[bool, typer.Option("--all", help="also those whose source has not changed")] = False,
-    size: Annotated[str, typer.Option(help="nightly, or smoke")] = "nightly",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also execute notebooks whose source has not changed.")
+    ] = False,
+    size: Annotated[str, typer.Option(help="`nightly`, or `smoke` for small parameters.")] = "nightly",
 ) -> None:
-    """Execute the notebooks whose source has changed, and write their outputs into them; the machine should be idle.
+    """Execute the notebooks whose source has changed, and write the outputs into them.
 
-    Exit codes: 0 fine, 2 a notebook failed.
+    The outputs contain timings, so nothing else should run on the machine
+    meanwhile. On a machine with a GPU, only the outputs of the cells for a GPU
+    are written.
+
+    Exit code 0: every notebook passed.
+    Exit code 2: a notebook failed.
+
+    Example: python -m qwlib outputs --all
     """
     from .nightly import outputs, suite
 
-    plans = [plan for plan in suite.plans(Path("notebooks"), size) if not plan.skip]
-    wanted = [plan for plan in plans if everything or outputs.stale(plan.path)]
+    plans, gpu = [plan for plan in suite.plans(Path("notebooks"), size) if not plan.skip], suite.has_gpu()
+    wanted = [plan for plan in plans if outputs.stale(plan.path, gpu=gpu) or (everything and not gpu)]
     if not wanted:
-        return print("every notebook's outputs are of its source")
+        return print("Every notebook already has the outputs of its current source.")
     found = []
-    for plan in wanted:  # each is kept before the next one starts
-        found += outputs.refresh([plan], Path("runs/outputs"), size)
+    # each is kept before the next one starts
+    for plan in wanted:
+        found += outputs.refresh([plan], Path("runs/outputs"), size, gpu=gpu)
     _outcomes(found)
     sys.exit(0 if all(outcome.status == "passed" for outcome in found) else 2)
 
 
 @app.command()
 def links() -> None:
-    """Write the address that stands in pyproject.toml into badges and set-up cells."""
+    """Write the repository address from pyproject.toml into badges, set-up cells and workflows.
+
+    Run it in the project's folder after you change the address, for example
+    in a fork.
+
+    Example: python -m qwlib links
+    """
     from .nightly import opening
 
     for path in opening.write(Path(".")):
@@ -376,7 +537,7 @@ def links() -> None:
 
 
 def main() -> None:
-    """The command line with a user's mistakes told in one line."""
+    """Run the command line. A user's mistake is reported in one line, without a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # whatever a model wrote can be printed
     with processes.whole_process():
         try:

@@ -1,4 +1,4 @@
-"""What a record and a notebook say of this machine: packages, processor, device, and what was chosen for it, with the reason."""
+"""This machine as records and notebooks describe it: packages, processor, device, and qwlib's choices with their reasons."""
 
 import platform
 
@@ -13,7 +13,7 @@ PACKAGES = (
 
 
 def packages() -> dict[str, str]:
-    """Versions of the packages that matter here, those that are installed."""
+    """Versions of those packages in `PACKAGES` that are installed."""
     from importlib import metadata
 
     versions = {}
@@ -26,9 +26,9 @@ def packages() -> dict[str, str]:
 
 
 def environment() -> dict:
-    """Python, platform, processor, device, arithmetic and package versions; nothing that names a user or a path.
+    """Python, platform, processor, device, arithmetic and package versions. Nothing in it names a user or a path.
 
-    On a CPU `arithmetic` is that of a model in bf16; the record of a loaded model says its own.
+    On a CPU, `arithmetic` is the type that a bf16 model's matrix multiplications use. The record of a loaded model has its own.
     """
     import os
 
@@ -51,7 +51,7 @@ def environment() -> dict:
 
 
 def device_name(device=None) -> str:
-    """The GPU's name, or the processor's with its capability; of the device that `load` would pick where none is given."""
+    """The GPU's name, or the processor's name with its capability. The default is the device that `load` would choose."""
     import torch
 
     if device is None:
@@ -60,7 +60,7 @@ def device_name(device=None) -> str:
 
 
 def banner() -> str:
-    """One line for the top of a notebook: versions, device and compute type, each choice with its reason."""
+    """Three lines for the top of a notebook: versions, device, and the types it computes in. Each choice has its reason."""
     from ..machine import arithmetic
 
     device, device_why = devices.pick_device()
@@ -68,5 +68,6 @@ def banner() -> str:
     products, products_why = arithmetic.choose(dtype, device)
     versions = " · ".join(f"{name} {version}" for name, version in packages().items())
     names = [str(each).removeprefix("torch.") for each in (dtype, products)]
-    lines = [versions, f"{device_name()} ({device_why}) · {names[0]} ({dtype_why})"]
-    return "\n".join([*lines, f"products of several rows in {names[1]} ({products_why})"])
+    rows = "" if products is dtype else f" of {arithmetic.ROWS} or more rows"
+    lines = [versions, f"{device_name()} ({device_why}) · compute type {names[0]} ({dtype_why})"]
+    return "\n".join([*lines, f"matrix multiplications{rows} in {names[1]} ({products_why})"])

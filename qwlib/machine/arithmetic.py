@@ -1,17 +1,18 @@
-"""The arithmetic of products on a CPU: in the 16-bit type of the weights, or in float32 where the processor is faster so.
+"""The type of matrix multiplications on a CPU: the 16-bit type of the weights, or float32 if that is faster on the processor.
 
-What weights are stored as is one thing, what their products are calculated in is another, and depends on the processor: one
-with AVX512-BF16 or AMX multiplies bfloat16 by instructions of its own, one with AVX2 alone (most laptops, many Colab machines,
-GitHub's runners) by a loop that is several times slower than float32. `choose` keeps bfloat16 where those instructions are. Else
-it measures one product both ways, once a process, and says what it found.
+Weights can be stored in one type and multiplied in another. Which is faster depends on the processor. A processor with
+AVX512-BF16 or AMX has instructions for bfloat16. With AVX2 alone (most laptops, many Colab machines, GitHub's runners), PyTorch
+multiplies bfloat16 in a loop that is several times slower than float32. `choose` keeps bfloat16 if the processor has the
+instructions. Otherwise it times one matrix multiplication in both types, once per process, and gives the times as the reason.
 
-Where float32 wins, `hook` lets a model calculate every product of several rows like this: the weight becomes float32 a slice at
-a time, so that memory hardly grows, and the result goes back to the type that it would have had. Sums are float32 either way.
-Products of one row stay as they are: a weight is read once for it, and half as many bytes are the faster. 4-bit layers have a
-choice of their own, in `backends/bnb.py`: what is fast for one row depends on how fast they are dequantized.
+If float32 is faster, `hook` makes a model calculate every matrix multiplication with `ROWS` or more rows in float32. The weight
+is converted slice by slice, so memory hardly grows. The result is converted back to the type that it would have had. Sums are
+float32 in both cases. Multiplications with fewer rows stay in the type of the weights. With one row, each weight is read once, so
+reading half as many bytes is faster. 4-bit layers make this choice themselves, in `backends/bnb.py`, because for them the speed
+with one row depends on how fast the weights are dequantized.
 
-What it leaves out: training. With gradients, products stay as they are. How it differs from autocast: that goes to a lower
-precision, and converts whole weights, which it keeps.
+What it leaves out: training. With gradients, matrix multiplications stay as they are. How it differs from autocast: autocast
+changes to a lower precision, converts whole weights, and keeps them.
 """
 
 import functools
@@ -25,9 +26,12 @@ from torch.overrides import TorchFunctionMode
 
 from . import processor
 
-ROWS = 16  # products of fewer rows stay in the type of the weights: benchmarks/arithmetic.py
-SLICE = 1 << 19  # weights that are float32 at a time: 2 MB, which a processor's cache holds
-TRIED = (128, 576, 1536)  # rows, columns, outputs of the product that is measured: a layer of a small model
+# with fewer rows, a matrix multiplication stays in the type of the weights: benchmarks/arithmetic.py
+ROWS = 16
+# weights that are converted to float32 at a time: 2 MB, which fits into a processor's cache
+SLICE = 1 << 19
+# rows, columns and outputs of the matrix multiplication that is timed: a layer of a small model
+TRIED = (128, 576, 1536)
 NARROW = (torch.bfloat16, torch.float16)
 PRODUCTS = {
     *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__),
@@ -37,20 +41,20 @@ PRODUCTS = {
 
 
 def choose(dtype, device) -> tuple[torch.dtype, str]:
-    """(type that products of several rows are calculated in, why) for weights of `dtype` on `device`."""
+    """(type for matrix multiplications with several rows, reason) for weights of `dtype` on `device`."""
     if device.type != "cpu" or dtype not in NARROW:
         return dtype, "the type of the weights"
     if dtype is torch.bfloat16 and processor.capability() in processor.BF16:
-        return dtype, f"{processor.capability()} multiplies bfloat16 by instructions of its own"
+        return dtype, f"{processor.capability()} has instructions for it"
     own, single = seconds(dtype)
     name = str(dtype).removeprefix("torch.")
-    took = f"{TRIED[0]} rows took {1e3 * own:.2g} ms in {name}, {1e3 * single:.2g} in float32"
+    took = f"{TRIED[0]} rows took {1e3 * own:.2g} ms in {name} and {1e3 * single:.2g} ms in float32"
     return (torch.float32 if own > single else dtype), f"{processor.capability()}: {took}"
 
 
 @functools.cache
 def seconds(dtype) -> tuple[float, float]:
-    """Seconds of one product, in `dtype` and in float32 with the conversion; the best of a few, measured once a process."""
+    """Seconds of one matrix multiplication, in `dtype` and in float32 with the conversion. It is timed once per process."""
     rows, columns, outputs = TRIED
     x, weight = torch.ones(rows, columns, dtype=dtype), torch.ones(outputs, columns, dtype=dtype)
     times: dict[Callable, list[float]] = {functional.linear: [], linear: []}
@@ -64,7 +68,7 @@ def seconds(dtype) -> tuple[float, float]:
 
 
 def linear(x, weight, bias=None):
-    """x (… × columns) times a weight (outputs × columns), calculated in float32 a slice of outputs at a time; in x's type."""
+    """x (… × columns) times a weight (outputs × columns), calculated in float32 slice by slice. The result has x's type."""
     wide, (outputs, columns) = x.float(), weight.shape
     out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
     step = max(1, SLICE // columns)
@@ -77,7 +81,7 @@ def linear(x, weight, bias=None):
 
 
 class Float32Products(TorchFunctionMode):
-    """Within it, products of several rows of plain 16-bit tensors on the CPU are calculated in float32."""
+    """Within it, matrix multiplications of plain 16-bit tensors with `ROWS` or more rows are calculated in float32 on the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -99,9 +103,9 @@ def _narrow(tensor) -> bool:
 
 
 def hook(model) -> Callable[[], None]:
-    """Let a transformers model read several tokens under `Float32Products`; call what comes back to end that.
+    """Run a transformers model under `Float32Products` whenever it reads several tokens. Call the returned function to undo it.
 
-    Two forward hooks are all that changes: modules, their names, weights and bytes stay as they are.
+    Only two forward hooks are added. Modules, their names, weights and bytes stay as they are.
     """
     entered = threading.local()  # the modes of this thread's calls that have not returned yet
 

@@ -1,7 +1,7 @@
 """The processor: its name, and the widest instructions that PyTorch uses on it.
 
-Two processors of one name can differ by a factor of seven: there are an "AMD EPYC" with AVX512-BF16 and one without. So wherever
-a processor is named, its capability stands behind the name.
+Two processors with the same name can differ in speed by a factor of seven: there is an "AMD EPYC" with AVX512-BF16, and one
+without. So the capability is always given after the name.
 """
 
 import functools
@@ -16,10 +16,10 @@ def name() -> str:
 
 @functools.cache
 def capability() -> str:
-    """What PyTorch multiplies with here: `AMX-BF16`, `AVX512-BF16`, `AVX512`, `AVX2`, `SVE256`, `NEON`, …
+    """The instructions that PyTorch multiplies with here: `AMX-BF16`, `AVX512-BF16`, `AVX512`, `AVX2`, `SVE256`, `NEON`, …
 
-    The environment variable `ATEN_CPU_CAPABILITY` can take some of it away, and then that counts.
-    Source: torch.backends.cpu.get_cpu_capability; the flags are those of Linux's /proc/cpuinfo.
+    The environment variable `ATEN_CPU_CAPABILITY` can restrict them. The result then is the restricted capability.
+    Source: torch.backends.cpu.get_cpu_capability; the flags are from Linux's /proc/cpuinfo.
     """
     import torch
 
@@ -32,11 +32,12 @@ def capability() -> str:
 
 
 _FLAGS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
-BF16 = tuple(_FLAGS.values())  # the capabilities of processors of x86 that multiply bfloat16 themselves
+# the capabilities of x86 processors that have instructions for bfloat16
+BF16 = tuple(_FLAGS.values())
 
 
 def _told(key: str) -> str:
-    """What Linux says of the first processor, empty where it says nothing."""
+    """The entry `key` of the first processor in Linux's /proc/cpuinfo, or an empty text."""
     try:
         with open("/proc/cpuinfo") as file:
             return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), "")

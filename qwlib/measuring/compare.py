@@ -1,11 +1,14 @@
 """Records side by side: the rows of a table, with the 16-bit reference first.
 
-A ratio stands only between records of one machine and one request shape; `× 16-bit` is over transformers' bf16, whatever
-engine a row has, since the reader chooses both together. A record that failed is a row with its reason.
-Columns carry their unit; `PPL +%` is the quantized perplexity over the reference's, paired token by token, and `top-1 %`
-the share of tokens where both like the same word best. `held bits` is what the loaded weights take, embedding, head and scales
-included, a parameter, and `process GB` what the process (or the device) grew by; `bits/weight` what the format means for a
-linear layer. A `±` is a standard error.
+Two records are compared only if the machine and the request shape are the same. A record that failed is a row with its reason.
+
+    bits/weight               bits per weight of a linear layer, as the format defines it
+    bits/parameter in memory  memory of the loaded weights, with embedding, output head and scales, divided by the parameters
+    memory growth (GB)        how much the memory of the process (on a GPU: of the device) grew
+    × 16-bit speed            decoding speed divided by that of bf16 in transformers, whatever engine the row has
+    PPL increase (%)          quantized perplexity over the reference's, paired token by token
+    top-1 agreement (%)       share of tokens for which both models rank the same token first
+    ±                         a standard error
 """
 
 import html
@@ -22,13 +25,14 @@ def order(records: list[dict]) -> list[dict]:
 
 
 def row(record: dict, reference: dict | None) -> dict:
-    """One record as a flat row: `scheme`, `failure` or figures with units in their names.
+    """One record as a flat row: `scheme`, and either `failure` or numbers with units in their names.
 
-    `reference` is the 16-bit record that it can be compared with; without it ratios are left out. A scheme that was read from an
-    artefact although it need not be is marked as saved, and as foreign where somebody else made it.
+    `reference` is the 16-bit record that it can be compared with. Without it, ratios are left out. A scheme is marked `(saved)`
+    if it was read from a saved model, although it can be quantized while loading. It is marked `(not made by qwlib)` if the saved
+    model was made by somebody else.
     """
     made, scheme = record["model"].get("artefact"), schemes.SCHEMES.get(record["scheme"]["name"])
-    how = " (foreign)" if made == "foreign" else " (saved)" if made and not (scheme and scheme.maker) else ""
+    how = " (not made by qwlib)" if made == "foreign" else " (saved)" if made and not (scheme and scheme.maker) else ""
     out = {"model": record["model"]["name"], "scheme": record["scheme"]["name"] + how}
     if "failure" in record:
         how = "skipped" if record["failure"].get("skipped") else "failed"
@@ -37,33 +41,33 @@ def row(record: dict, reference: dict | None) -> dict:
     held = memory["weights_bytes"] + memory["state_bytes"]
     out["bits/weight"] = record["scheme"]["bits_per_weight"]
     if parameters := record["model"].get("parameters"):
-        out["held bits"] = 8 * held / parameters
+        out["bits/parameter in memory"] = 8 * held / parameters
     if artefact := record.get("artefact"):
-        out["file GB"] = artefact["file_bytes"] / 1e9
+        out["file (GB)"] = artefact["file_bytes"] / 1e9
         if "seconds" in artefact:
-            out["quantize s"] = artefact["seconds"]
+            out["quantize (s)"] = artefact["seconds"]
     out |= {
-        "weights GB": held / 1e9,
-        **({"process GB": memory["steady_bytes"] / 1e9} if "steady_bytes" in memory else {}),
-        "load s": speed["load_s"],
-        "TTFT ms": 1e3 * speed["ttft_s"]["p50"],
+        "weights (GB)": held / 1e9,
+        **({"memory growth (GB)": memory["steady_bytes"] / 1e9} if "steady_bytes" in memory else {}),
+        "load (s)": speed["load_s"],
+        "TTFT (ms)": 1e3 * speed["ttft_s"]["p50"],
     }
     if "itl_s" in speed:
         out |= {
-            "ITL p50 ms": 1e3 * speed["itl_s"]["p50"],
-            "ITL p95 ms": 1e3 * speed["itl_s"]["p95"],
-            "decode tok/s": speed["decode_tok_s"],
+            "ITL p50 (ms)": 1e3 * speed["itl_s"]["p50"],
+            "ITL p95 (ms)": 1e3 * speed["itl_s"]["p95"],
+            "decode (tokens/s)": speed["decode_tok_s"],
         }
     if "ppl" in quality:
         out |= {"PPL": quality["ppl"], "PPL ±": quality["ppl_stderr"]}
     if kld := quality.get("kld"):
-        out |= {"PPL +%": 100 * (kld["ppl_ratio"] - 1), "+% ±": 100 * kld["ppl_ratio_stderr"]}
-        out |= {"KLD": kld["mean"], "KLD ±": kld["stderr"], "top-1 %": 100 * kld["top1"]}
+        out |= {"PPL increase (%)": 100 * (kld["ppl_ratio"] - 1), "PPL increase ±": 100 * kld["ppl_ratio_stderr"]}
+        out |= {"KLD": kld["mean"], "KLD ±": kld["stderr"], "top-1 agreement (%)": 100 * kld["top1"]}
     if reference:
         theirs = reference["memory"]["weights_bytes"] + reference["memory"]["state_bytes"]
-        out["saved %"] = 100 * (1 - held / theirs)
+        out["saved (%)"] = 100 * (1 - held / theirs)
         if "decode_tok_s" in speed and "decode_tok_s" in reference["speed"]:
-            out["× 16-bit"] = speed["decode_tok_s"] / reference["speed"]["decode_tok_s"]
+            out["× 16-bit speed"] = speed["decode_tok_s"] / reference["speed"]["decode_tok_s"]
     return out
 
 
@@ -83,33 +87,33 @@ def rows(records: list[dict]) -> list[dict]:
 
 COLUMNS = {  # heading: format, and whether less (-1) or more (+1) is better; in the order of printing
     "bits/weight": (".2f", 0),
-    "held bits": (".2f", -1),
-    "file GB": (".3f", -1),
-    "quantize s": (".0f", -1),
-    "weights GB": (".3f", -1),
-    "process GB": (".3f", -1),
-    "saved %": (".1f", 1),
-    "load s": (".1f", 0),
-    "TTFT ms": (".0f", -1),
-    "ITL p50 ms": (".1f", -1),
-    "ITL p95 ms": (".1f", -1),
-    "decode tok/s": (".1f", 1),
-    "× 16-bit": (".2f", 1),
+    "bits/parameter in memory": (".2f", -1),
+    "file (GB)": (".3f", -1),
+    "quantize (s)": (".0f", -1),
+    "weights (GB)": (".3f", -1),
+    "memory growth (GB)": (".3f", -1),
+    "saved (%)": (".1f", 1),
+    "load (s)": (".1f", 0),
+    "TTFT (ms)": (".0f", -1),
+    "ITL p50 (ms)": (".1f", -1),
+    "ITL p95 (ms)": (".1f", -1),
+    "decode (tokens/s)": (".1f", 1),
+    "× 16-bit speed": (".2f", 1),
     "PPL": (".2f", -1),
     "PPL ±": (".2f", 0),
-    "PPL +%": (".1f", -1),
-    "+% ±": (".1f", 0),
+    "PPL increase (%)": (".1f", -1),
+    "PPL increase ±": (".1f", 0),
     "KLD": (".4f", -1),
     "KLD ±": (".4f", 0),
-    "top-1 %": (".1f", 1),
+    "top-1 agreement (%)": (".1f", 1),
 }
 
 
-_ERRORS = {"PPL": "PPL ±", "PPL +%": "+% ±", "KLD": "KLD ±"}
+_ERRORS = {"PPL": "PPL ±", "PPL increase (%)": "PPL increase ±", "KLD": "KLD ±"}
 
 
 def cells(records: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows of text) for any table: a failure fills the second column, columns that nobody has are left out."""
+    """(headings, rows of text) for any table. The reason of a failure is in the second column. Empty columns are left out."""
     flat = rows(records)
     used = [name for name in COLUMNS if any(name in r for r in flat) and name not in _ERRORS.values()]
 
@@ -127,20 +131,22 @@ def cells(records: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def protocol(record: dict) -> str:
-    """What stands under a table of perplexities: protocol, text, its hash and the number of tokens."""
+    """The line under a table of perplexities: protocol, text, its hash and the number of tokens."""
     q = record["quality"]
-    kld = f"; divergence from {q['kld']['reference']} over {q['kld']['tokens']:,} of them" if "kld" in q else ""
+    kld = ""
+    if "kld" in q:
+        kld = f"; KL divergence from {q['kld']['reference']} over {q['kld']['tokens']:,} of these tokens"
     return f"PPL: {q['protocol']} on {q['text']} (sha256 {q['text_sha256'][:12]}), {q['tokens']:,} tokens{kld}"
 
 
 def protocols(records: list[dict]) -> list[str]:
-    """The lines that stand under a table of these records; the reference's own says nothing that the others' do not."""
+    """The lines under a table of these records. A line that another one contains is left out, such as the reference's."""
     lines = list(dict.fromkeys(protocol(r) for r in records if "quality" in r))
     return [line for line in lines if not any(other != line and other.startswith(line) for other in lines)]
 
 
 def frame(records: list[dict]):
-    """A pandas DataFrame, a row a record; `failed` is there where a row has a reason instead of figures."""
+    """A pandas DataFrame with one row per record. The column `failed` gives the reason where a row has no numbers."""
     import pandas
 
     table = pandas.DataFrame([r | ({"failed": r["failure"]} if "failure" in r else {}) for r in rows(records)])
@@ -148,9 +154,10 @@ def frame(records: list[dict]):
 
 
 def styled(records: list[dict]):
-    """`frame` as a pandas Styler: each model's best cells green, its worst red, told apart with any colour blindness.
+    """`frame` as a pandas Styler. For each model, the best cell of a column is green and the worst is orange-red.
 
-    Bluish green and vermilion of Okabe and Ito's palette, washed out so that dark text reads on them.
+    The colours are bluish green and vermilion of Okabe and Ito's palette, which can be told apart with any colour blindness. They
+    are pale, so that dark text is readable on them.
     """
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 

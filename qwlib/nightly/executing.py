@@ -59,9 +59,7 @@ def strict() -> None:
 
     class Ends(ExitAutocall):
         def __call__(self, *_):
-            raise RuntimeError(
-                "exit() and quit() end nothing in a notebook: raise an error, or take the cells behind it out"
-            )
+            raise RuntimeError("exit() and quit() do not end a notebook: raise an error, or remove the cells after it")
 
     shell.system, shell.getoutput = system, getoutput
     shell.user_ns["exit"] = shell.user_ns["quit"] = Ends(shell)
@@ -181,7 +179,8 @@ def unfinished(executed: Path) -> str:
         return "there is no executed copy"
     if None not in counts:
         return ""
-    return f"stopped in cell {counts.index(None)} of {len(cells)} without an error, as sys.exit(0) does: the rest never ran"
+    stopped = f"stopped in cell {counts.index(None)} of {len(cells)} without an error, as sys.exit(0) does"
+    return f"{stopped}: the other cells did not run"
 
 
 def mask(text: str) -> str:

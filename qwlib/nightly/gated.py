@@ -1,6 +1,6 @@
-"""The figures of a night that are gated, each with the tolerance that its own measurement allows; `gates` says what they are for.
+"""The metrics of a night that are compared, each with a tolerance from its own measurement. `gates` explains the comparison.
 
-They are read from the rows of the notebooks' records, which follow no schema of their own: what a row does not have is no figure.
+They are read from the rows of the notebooks' records. The rows have no schema. A value that is not in a row gives no metric.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ GUARD = ("f1", "recall", "false_positive_rate", "average_precision", "auroc", "b
 
 @dataclass(frozen=True)
 class Figure:
-    """One gated number; `kind` is exact, paired, ratio or time, `tolerance` absolute, `less` whether less is better."""
+    """One metric. `kind` is exact, paired, ratio or time. `tolerance` is absolute. `less` says whether less is better."""
 
     value: float
     kind: str
@@ -34,9 +34,9 @@ ODD = (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError)
 
 
 def figures(outcomes: list, odd: list[str] | None = None) -> dict[str, Figure]:
-    """The gated figures of the notebooks that passed, by name: `notebook/model/row/figure`.
+    """The metrics of the notebooks that passed, by name: `notebook/model/row/metric`.
 
-    A row that can't be read costs its own figures; its name is added to `odd`.
+    A row that can't be read has no metrics. Its name is added to `odd`.
     """
     found = {}
     for outcome in outcomes:
@@ -56,7 +56,7 @@ def figures(outcomes: list, odd: list[str] | None = None) -> dict[str, Figure]:
 
 
 def given(outcomes: list) -> dict[str, dict]:
-    """What each row was measured with: hashes of weights and text, protocol, sizes. What differs is a probable cause."""
+    """What each row was measured with: hashes of weights and text, protocol, sizes. A difference is a probable cause."""
     found = {}
     for outcome in outcomes:
         for name, row in rows(outcome).items() if outcome.status == "passed" else ():
@@ -81,7 +81,7 @@ def _short(value):
 
 
 def rows(outcome) -> dict[str, dict]:
-    """The rows of a notebook's record by name: `notebook/model/scheme`; a second row of one name has #2 at its end."""
+    """The rows of a notebook's record by name: `notebook/model/scheme`. A second row with the same name ends in #2."""
     record, found = outcome.record, {}
     for row in record.get("rows", []):
         model = row.get("model") or record.get("model", {})
@@ -125,7 +125,7 @@ def _quality(row: dict) -> dict[str, Figure]:
 
 
 def _guard(row: dict) -> dict[str, Figure]:
-    """Shares of the rows that each figure is a share of: one message more or less is never a change of the guard."""
+    """A guard's metrics. The tolerance is at least one message, so a single other answer is never a regression."""
     judged = row.get("guard", {})
     unsafe, n = judged.get("positives", 0), judged.get("n", 0)
     of = dict.fromkeys(GUARD, unsafe) | {"f1": unsafe / 2, "false_positive_rate": n - unsafe, "brier": n}
@@ -154,6 +154,6 @@ def _speed(row: dict, reference: dict | None) -> dict[str, Figure]:
 
 
 def packages_of(outcomes: list) -> dict[str, str]:
-    """Versions, from the first record that there is; Python's among them."""
+    """The versions of Python and of the packages, from the first record that has them."""
     env = next((o.record["env"] for o in outcomes if o.record), None)
     return {"python": env["python"]} | env["packages"] if env else {}

@@ -1,25 +1,27 @@
-"""Is tonight worse than what was accepted, or is it noise? Every figure is held to a tolerance that it brings itself.
+"""Is tonight worse than what was accepted, or is it noise? Every metric is compared with a tolerance from its own measurement.
 
-Four kinds of figure, four questions:
+There are four kinds of metric:
 
-    exact    bytes of weights, scales and cache per token: counted, not timed. Any difference is a change.
-    paired   perplexity, divergence, a guard's scores: the same model reads the same text again, so that sampling errors cancel
-             and what is left is rounding. Two-sided, within one standard error of the accepted measurement, or a floor where
-             that is smaller (another processor's kernels moved perplexity by up to 0.15 %: docs/measured.md).
-             A figure that suddenly improves is a change too: something else is being measured.
-    ratio    speed over that of 16 bits in the same run, share of the roofline: what the machine does to one it does to both.
-             One-sided, against the median of the last seven passes on this device, at least three.
-    time     16 bits' own speed, a notebook's seconds: one-sided against the same median, half as slow again.
+    exact    bytes of weights, of scales, and of cache per token. They are counted, not timed. Any difference is a regression.
+    paired   perplexity, KL divergence, a guard's scores. The same model reads the same text again, so sampling errors cancel,
+             and only rounding is left. The tolerance is one standard error of the accepted measurement, in both directions, with
+             a floor (another processor's kernels changed perplexity by up to 0.15 %: docs/measured.md). A metric that suddenly
+             improves is a regression too, because something else is being measured.
+    ratio    speed divided by the 16-bit speed of the same run, and share of the roofline. A slow machine slows both. Only a
+             slower value counts, compared with the median of the last seven passes on this device. It needs at least three.
+    time     the 16-bit speed itself, and a notebook's seconds. They are compared with the same median, and may be half as slow
+             again.
 
-Speed is judged at nightly size only: at smoke size a dozen tokens are timed once. One slow night is a suspicion, two running are
-a regression, and so is one that is twice beyond its tolerance: of many timed figures one strays nearly every night.
+Speed is judged only at nightly size, because at smoke size a dozen tokens are timed once. A value that is slower than its
+tolerance on one night is suspect. Two nights in a row are a regression, and so is one night beyond twice the tolerance. Of many
+timed metrics, one is outside its tolerance nearly every night.
 
-A baseline is what was accepted: `baselines/<device>.json`, one figure a line, its tolerance beside it, changed by
-`--update-baseline` and reviewed like code; who, when and why stands in git. Speed is not in it: it lives in the history, which
-starts anew with an updated baseline. A rejected value never enters a median, or a slow week would make slowness the norm.
+A baseline is the file `baselines/<device>.json`, with one accepted metric and its tolerance per line. `--update-baseline` changes
+it, and the change is reviewed like code. Speed is not in the baseline but in the history, which starts again with an updated
+baseline. A rejected value is never part of a median. Otherwise, after a slow week, slow would be normal.
 
-What it leaves out: trends too slow to cross a tolerance on any night (the report draws them), and corrections for looking at
-hundreds of figures; tolerances are wide enough for that.
+What it leaves out: trends that are too slow to leave a tolerance on any night (the report draws them), and corrections for the
+number of metrics, which is in the hundreds. The tolerances are wide enough for that.
 """
 
 import json
@@ -35,7 +37,8 @@ from .gated import Figure, figures, given, packages_of, rows
 SCHEMA = 1
 PASSES, NEEDED = 7, 3
 RATIO_SLACK, TIME_SLACK, MOST_SLACK = 0.15, 0.5, 0.5
-SECONDS_FLOOR = 60  # a notebook that is slower by less is not worth a look
+# a notebook that is slower by less than this is no regression
+SECONDS_FLOOR = 60
 
 
 _TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -62,7 +65,7 @@ BASELINE = {
 
 @dataclass
 class Past:
-    """What the history knows: values of each figure that no gate rejected, oldest first; last night's suspects and packages."""
+    """What the history contains: the accepted values of each metric, oldest first, and last night's suspects and packages."""
 
     passes: dict[str, list[float]] = field(default_factory=dict)
     suspects: set[str] = field(default_factory=set)
@@ -71,7 +74,11 @@ class Past:
 
 @dataclass
 class Finding:
-    """What became of one figure; `state` is fine, suspect, regression, new, learning, skipped or accepted."""
+    """The result for one metric.
+
+    `state` is `fine` (within tolerance), `suspect` (slower for one night), `regression`, `new` (no baseline), `learning` (not
+    judged yet), `skipped` (not measured) or `accepted` (with --update-baseline).
+    """
 
     name: str
     state: str
@@ -82,9 +89,9 @@ class Finding:
 
 
 def judge(outcomes: list, baseline: dict | None, past: Past, *, timed: bool = True) -> list[Finding]:
-    """A finding for every figure of tonight, the baseline and the history, and for every row that failed; regressions first.
+    """A finding for every metric of tonight, the baseline and the history, and for every row that failed. Regressions come first.
 
-    `baseline`: this device's and size's part of the baseline file, None where there is none. `timed`: whether speed is judged.
+    `baseline` is the entry of this device and size in the baseline file, or None. `timed` says whether speed is judged.
     """
     now, facts = figures(outcomes), given(outcomes)
     accepted = (baseline or {}).get("figures", {})
@@ -103,7 +110,7 @@ def judge(outcomes: list, baseline: dict | None, past: Past, *, timed: bool = Tr
         elif timed:
             finding = _over_time(name, figure, past.passes.get(name, []), name in past.suspects)
         else:
-            finding = Finding(name, "learning", figure.value, cause="speed is judged at nightly size")
+            finding = Finding(name, "learning", figure.value, cause="speed is judged only at nightly size")
         if finding.state in ("regression", "suspect"):
             was = (baseline or {}).get("given", {}).get(row, {})
             finding.cause = cause(then, packages_of(outcomes), was, facts.get(row, {}))
@@ -130,7 +137,9 @@ def _against(name: str, figure: Figure, accepted: dict | None) -> Finding:
 def _over_time(name: str, figure: Figure, values: list[float], suspected: bool) -> Finding:
     values = values[-PASSES:]
     if len(values) < NEEDED:
-        return Finding(name, "learning", figure.value, cause=f"{len(values)} of {NEEDED} passes that a median needs")
+        return Finding(
+            name, "learning", figure.value, cause=f"the median needs {NEEDED} passes, and there are {len(values)}"
+        )
     middle = statistics.median(values)
     share = slack(figure.kind, values)
     if figure.kind == "time" and not figure.less:
@@ -144,10 +153,10 @@ def _over_time(name: str, figure: Figure, values: list[float], suspected: bool) 
 
 
 def slack(kind: str, values: list[float]) -> float:
-    """How much worse than the median a figure may be, as a share of it: three robust standard deviations, within limits.
+    """How much worse than the median a metric may be, as a share of the median: three robust standard deviations, within limits.
 
     The median absolute deviation times 1.4826 estimates a normal distribution's standard deviation (Rousseeuw and Croux,
-    Alternatives to the median absolute deviation, 1993). A history too noisy to judge by is not let judge nothing.
+    Alternatives to the median absolute deviation, 1993). The upper limit keeps a noisy history from letting every value pass.
     """
     middle = statistics.median(values)
     spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
@@ -156,7 +165,7 @@ def slack(kind: str, values: list[float]) -> float:
 
 
 def _gone(name: str, accepted: dict | None, outcomes: list) -> Finding:
-    """A known figure that tonight lacks: its notebook did not pass, its row failed or was skipped, or it vanished."""
+    """A known metric that is missing tonight. Its notebook did not pass, its row failed or was skipped, or it disappeared."""
     notebook, row = name.split("/")[0], name.rpartition("/")[0]
     accepted = accepted or {}
     finding = Finding(name, "skipped", before=accepted.get("value"), tolerance=accepted.get("tolerance"))
@@ -164,26 +173,26 @@ def _gone(name: str, accepted: dict | None, outcomes: list) -> Finding:
     if outcome is None:
         finding.state, finding.cause = "regression", f"there is no notebook {notebook} any more"
     elif outcome.status != "passed":
-        finding.cause = f"{notebook} {outcome.status}"
+        finding.cause = f"the status of notebook {notebook} is: {outcome.status}"
     elif failure := rows(outcome).get(row, {}).get("failure"):
         finding.cause = failure["reason"]
     else:
-        finding.state, finding.cause = "regression", "tonight's record has no such figure"
+        finding.state, finding.cause = "regression", "tonight's record does not contain this metric"
     return finding
 
 
 def cause(then: dict, now: dict, was: dict, given: dict) -> str:
-    """What changed beside the figure, as its probable cause."""
+    """What else changed, as the probable cause."""
     changed = []
     for old, new in ((was, given), (then, now)):
         for key in sorted(old.keys() | new.keys()) if old and new else ():
             if old.get(key) != new.get(key):
                 changed.append(f"{key} {old.get(key, 'absent')} → {new.get(key, 'absent')}")
-    return "; ".join(changed) or "nothing that is recorded changed but the code"
+    return "; ".join(changed) or "no recorded package, hash or setting changed, so it may be the code"
 
 
 def path_of(folder: Path, device: str) -> Path:
-    """Where a device's baseline stands."""
+    """The path of a device's baseline file."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     if not device.isascii() or not name:  # letters that the name lost may be all that tells two devices apart
         name = f"{name}-{files.sha256_text(device)[:8]}".lstrip("-")
@@ -191,9 +200,9 @@ def path_of(folder: Path, device: str) -> Path:
 
 
 def read(path: Path) -> dict | None:
-    """The baseline file, None where there is none.
+    """The content of the baseline file, or None if there is no file.
 
-    Raises QwlibError for a damaged file and for one of another schema.
+    Raises QwlibError for a damaged file and for a file with another schema.
     """
     try:
         whole = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -203,17 +212,21 @@ def read(path: Path) -> dict | None:
     except (ValueError, KeyError, TypeError) as error:
         why = str(error)[:200]
     if why:
-        raise QwlibError(f"{path} is damaged ({why}): take it from git again, or run --update-baseline") from None
+        raise QwlibError(
+            f"{path} is damaged ({why}): restore it from git, or write a new one with --update-baseline"
+        ) from None
     if whole["schema"] != SCHEMA:
         raise QwlibError(
-            f"{path} is of schema {whole['schema']}, and {SCHEMA} is read here: accept tonight with --update-baseline"
+            f"{path} has schema {whole['schema']}, but this version reads {SCHEMA}: write a new one with --update-baseline"
         )
     return whole
 
 
 def accept(path: Path, device: str, size: str, outcomes: list) -> Path:
-    """Write what was measured tonight as this device's baseline at this size; figures of notebooks that did not pass, and of rows
-    that were skipped or failed, stay as they were. A file that can't be read is kept beside it, with `.old` at its end.
+    """Write what was measured tonight as the baseline of this device at this size.
+
+    Metrics of notebooks that did not pass, and of rows that were skipped or failed, keep their accepted values. A baseline file
+    that can't be read is kept beside the new one, with `.old` at the end of its name.
     """
     try:
         whole = read(path) or {"schema": SCHEMA, "device": device, "sizes": {}}
@@ -244,7 +257,7 @@ def _stays(name: str, outcomes: list) -> bool:
 
 
 def _lines(whole: dict) -> str:
-    """JSON with a line a figure, sorted, so that a review shows what moved."""
+    """Sorted JSON with one metric per line, so that a review shows what changed."""
     text = json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False)
     flat = re.sub(
         r"\{\n\s+(\"(?:value|tolerance)\"[^{}]*?)\n\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text

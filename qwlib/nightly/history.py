@@ -1,10 +1,10 @@
-"""What every night measured, one JSON line a night, appended and never rewritten.
+"""What every night measured, with one JSON line per night. Lines are appended and never rewritten.
 
     {"schema": 1, "night": "20261123-013000", "size", "device", "packages", "notebooks": [{name, status, seconds, signature}],
      "figures": {name: value}, "regressions": [name], "suspects": [name], "accepted": true after --update-baseline}
 
-A line that a crash or a full disk cut short is reported by its number and skipped; it stays in the file, and the next night
-begins a line of its own. Of two lines of one night on one device (a resumed one), the later counts.
+If a crash or a full disk cut a line short, the line is reported by its number and skipped. It stays in the file, and the next
+night begins a new line. If a night was resumed and has two lines for one device, the later one counts.
 """
 
 import json
@@ -75,7 +75,7 @@ def read(path: Path, *, size: str) -> tuple[list[dict], list[str]]:
             if why := files.misfit(night, NIGHT):
                 raise ValueError(why)
         except ValueError as error:
-            damaged.append(f"{Path(path).name}, line {number} is skipped: {str(error)[:100]}")
+            damaged.append(f"{Path(path).name}: line {number} is damaged and was skipped ({str(error)[:100]})")
             continue
         if night["size"] == size:
             key = night["device"], night["night"]

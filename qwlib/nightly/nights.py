@@ -112,11 +112,11 @@ def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
     accepted = (baseline or {}).get("sizes", {}).get(night.size)
     if accepted is None and not update_baseline:
         night.notes.append(
-            f"no baseline for {night.size} on {night.device}: --update-baseline accepts what was measured"
+            f"there is no baseline for {night.size} on {night.device}: --update-baseline accepts the measured values as one"
         )
     odd: list[str] = []
     gated.figures(night.outcomes, odd)
-    night.trouble += [f"{name} does not hold what its keys promise: it is not judged" for name in odd]
+    night.trouble += [f"the row {name} can't be read: it was not judged" for name in odd]
     past = history.past(earlier)
     if before.get("accepted"):  # its speed is the new norm, and not held to the old one
         past = gates.Past(packages=past.packages)
@@ -127,7 +127,8 @@ def _judge(night: Night, kept: Path, file: Path, update_baseline: bool) -> None:
     line = _line(night) | ({"accepted": True} if before.get("accepted") else {})
     if update_baseline:
         with _told(night, "the baseline could not be written"):
-            night.notes.append(f"accepted as {gates.accept(file, night.device, night.size, night.outcomes).name}")
+            written = gates.accept(file, night.device, night.size, night.outcomes)
+            night.notes.append(f"the measured values were accepted as the baseline in {written.name}")
             line["accepted"] = True
             for finding in night.findings:
                 if not finding.name.endswith("/failed") and finding.state in ("regression", "suspect", "new"):
@@ -160,13 +161,13 @@ def _devices(night: Night, nights: list[dict]) -> bool:
     devices = sorted({o.record["env"]["device"] for o in night.outcomes if o.record})
     if mixed := len(devices) > 1:
         line = f"the device changed during the night: {', '.join(devices)}"
-        night.trouble.append(f"{line}. Nothing of it is accepted, or kept in the history")
+        night.trouble.append(f"{line}. Its values were neither accepted nor added to the history")
     if nights and nights[-1]["device"] != night.device:
-        line = f"the nights before were on {nights[-1]['device']}, this one is on {night.device}"
+        line = f"the nights before were on {nights[-1]['device']}, and this one is on {night.device}"
         if nights[-1].get("gpu"):
-            night.trouble.append(f"{line}: is a GPU gone? From the next night on this is the new device")
+            night.trouble.append(f"{line}: is a GPU missing? From the next night on, this is the expected device")
         else:  # hosted runners have one processor today and another tomorrow
-            night.notes.append(f"{line}, and is compared with its own only")
+            night.notes.append(f"{line}: it is compared only with nights on the same device")
     return mixed
 
 
@@ -225,10 +226,10 @@ def alone(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise QwlibError(
-                f"a night is running already, as process {owner}: wait for it, or take another --out"
+                f"a night is running already, as process {owner}: wait for it, or use another --out"
             ) from None
         if owner != "unknown":
-            print(f"the night of process {owner} did not end by itself: --resume goes on with it", flush=True)
+            print(f"the night of process {owner} was interrupted: --resume continues it", flush=True)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -1,10 +1,10 @@
-"""Executed notebooks as HTML pages that fetch nothing and run nothing: nbconvert makes them, what could act is taken out.
+"""Executed notebooks as HTML pages that load nothing and run no scripts. nbconvert makes them, and active content is removed.
 
-A notebook that can't be shown costs its own page, which then says why. Cleaning takes 3.5 seconds a megabyte of HTML (one core of
-an AMD EPYC), so that cells and outputs above `LARGEST`, and what comes after `MOST` in all, are named by their size instead. A
-page that takes longer than `TIME_S` all the same is given up.
+If a notebook can't be shown, its page gives the reason. Cleaning takes 3.5 seconds per megabyte of HTML (one core of an AMD
+EPYC). Cells and outputs larger than `LARGEST`, and everything after `MOST` in all, are therefore replaced by their size. A page
+that still takes longer than `TIME_S` is given up.
 
-Formulas become MathML, which browsers draw by themselves: https://developer.mozilla.org/docs/Web/MathML.
+Formulas become MathML, which browsers draw without scripts: https://developer.mozilla.org/docs/Web/MathML.
 """
 
 import html
@@ -26,7 +26,7 @@ CODE = "<style>.jp-RenderedMarkdown code, .jp-RenderedMarkdown pre { font-family
 
 
 def cells(executed: Path | None) -> list[dict]:
-    """The cells of an executed copy; none where there is no readable copy."""
+    """The cells of an executed copy, or an empty list if there is no readable copy."""
     try:
         return json.loads(Path(executed).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -34,7 +34,7 @@ def cells(executed: Path | None) -> list[dict]:
 
 
 def figures(executed: Path | None) -> list[tuple[str, str]]:
-    """(heading that the figure stands under, PNG as base64) of every figure in an executed notebook."""
+    """(heading above the figure, PNG as base64) of every figure in an executed notebook."""
     found, heading = [], ""
     for cell in cells(executed):
         if cell["cell_type"] == "markdown":
@@ -47,7 +47,7 @@ def figures(executed: Path | None) -> list[tuple[str, str]]:
 
 
 def write(executed: Path | None) -> str:
-    """Write the page beside an executed notebook, if it is not there; its name, or nothing where there is no copy."""
+    """Write the page beside an executed notebook, if it is not there yet. Returns its name, or nothing without a copy."""
     if not cells(executed):
         return ""
     own = executed.stem if executed.stem.lower() != "index" else "index-notebook"  # index.html is the run's own page
@@ -59,7 +59,7 @@ def write(executed: Path | None) -> str:
         except Exception as error:  # a missing attachment, a table too deep: whatever a notebook holds, the run goes on
             why = html.escape(f"{type(error).__name__}: {error}"[:500])
             body = f"<html><head></head><body><h1>This notebook can't be shown</h1><p>{why}</p>"
-            body += f"<p>What it put out is in {html.escape(executed.name)}.</p></body></html>"
+            body += f"<p>Its outputs are in the file {html.escape(executed.name)}.</p></body></html>"
         files.write_text(page, body.replace("<head>", HEAD, 1).replace("</head>", f"{CODE}</head>", 1))
     return page.name
 
@@ -99,7 +99,9 @@ def _shown(executed: Path):
             if "data" in output:
                 output["metadata"] = {}
                 shown = {kind: data for kind, data in output["data"].items() if kind in SHOWN}
-                output["data"] = shown or {"text/plain": f"(an output of kind {', '.join(output['data'])})"}
+                output["data"] = shown or {
+                    "text/plain": f"(an output of type {', '.join(output['data'])}, which this page does not show)"
+                }
                 if html_text := output["data"].get("text/html"):
                     output["data"]["text/html"] = re.sub(r"(?is)<style.*?</style>", "", html_text)
                 for kind, text in shown.items():

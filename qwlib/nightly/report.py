@@ -1,8 +1,8 @@
-"""The index page of a run: one self-contained HTML file, no network and no scripts, light and dark, readable on a phone.
+"""The report page of a run: one HTML file that needs no network and no scripts, and is readable in light, in dark and on a phone.
 
-Verdict first, a row a notebook, regressions with their probable causes, what a byte buys, every gated figure with its trend,
-and the notebooks' own figures. Jinja escapes all that a model or a notebook wrote. `summary.md` says the same in short, and is
-added to GitHub's step summary where there is one.
+It begins with the verdict. Then follow one row per notebook, the regressions with their probable causes, plots of memory, quality
+and speed, every metric with its trend, and the figures from the notebooks. Jinja escapes everything that a model or a notebook
+wrote. `summary.md` is a short version. It is also added to GitHub's step summary, if there is one.
 """
 
 import base64
@@ -15,12 +15,22 @@ from . import gated, pages
 
 TEMPLATE = Path(__file__).parent / "report.html"
 GOOD, BAD = ("passed", "fine", "accepted"), ("failed", "timeout", "error", "regression")
+# how the page names the state of a metric; `gates.Finding` explains the states
+RESULTS = {
+    "regression": "regression",
+    "suspect": "slower for one night",
+    "fine": "within tolerance",
+    "accepted": "accepted as baseline",
+    "new": "no baseline",
+    "learning": "not judged",
+    "skipped": "not measured",
+}
 
 
 def write(folder: Path, outcomes: list, names: list[str] | None = None) -> Path:
-    """Write `index.html` into a run's folder, and each executed notebook as a page beside it.
+    """Write `index.html` into a run's folder, and a page for each executed notebook beside it.
 
-    `names` are those of all notebooks of the run, where it is not at its end: it may be interrupted.
+    `names` are the names of all notebooks of the run. They are needed while the run is not finished.
     """
     names = names or [o.name for o in outcomes]
     passed, waiting = sum(o.status == "passed" for o in outcomes), _waiting(names, outcomes)
@@ -36,12 +46,12 @@ def _waiting(names: list[str], outcomes: list) -> list[dict]:
 
 
 def write_night(night) -> Path:
-    """Write `index.html` and `summary.md` of a night as far as it is: half a night has a page too."""
+    """Write `index.html` and `summary.md` of a night. This also works for a night that is not finished."""
     waiting = _waiting(night.names, night.outcomes)
     names = {finding.name for finding in night.findings}
     trends = {name: [n["figures"][name] for n in night.nights if name in n["figures"]] for name in names}
     words = verdict(night)
-    where = f"{night.size}, {_where(night.folder, night.outcomes)}"
+    where = f"Size: {night.size}. {_where(night.folder, night.outcomes)}"
     summary = _markdown(night, words, where)
     files.write_text(night.folder / "summary.md", summary)
     if night.finished and (shared := os.environ.get("GITHUB_STEP_SUMMARY")):
@@ -61,8 +71,12 @@ def write_night(night) -> Path:
     )
 
 
+# by exit code
+HEADS = ("Fine", "Regression", "Failed", "The nightly run itself failed")
+
+
 def verdict(night) -> str:
-    """One line: what the night says."""
+    """The result of the night in one line."""
     passed = sum(o.status == "passed" for o in night.outcomes)
     skipped = sum(o.status == "skipped" for o in night.outcomes)
     ran = f"{passed} of {len(night.names) - skipped} notebooks passed" + (f", {skipped} skipped" if skipped else "")
@@ -70,14 +84,14 @@ def verdict(night) -> str:
         return f"Not finished: {ran} so far"
     states = ("regression", "suspect", "fine", "accepted", "new", "skipped")
     worse, suspects, held, accepted, new, absent = (sum(f.state == s for f in night.findings) for s in states)
-    said = [f"{worse} of {worse + suspects + held} figures regressed"] if worse else []
-    said += [f"{held} figures held"] if held and not worse else []
-    said += [f"{accepted} figures accepted"] if accepted else []
-    said += [f"{suspects} slower than usual, for one night"] if suspects else []
-    said = said or ["no figure judged"]
+    said = [f"{worse} of {worse + suspects + held} metrics regressed"] if worse else []
+    said += [f"{held} metrics within tolerance"] if held and not worse else []
+    said += [f"{accepted} metrics accepted as baseline"] if accepted else []
+    said += [f"{suspects} slower for one night"] if suspects else []
+    said = said or ["no metric was judged"]
     said += [f"{new} without a baseline"] if new else []
     said += [f"{absent} not measured"] if absent else []
-    return f"{('Fine', 'Regression', 'Failed', 'The harness failed')[night.code]}: {ran}, {', '.join(said)}"
+    return f"{HEADS[night.code]}: {ran}, {', '.join(said)}"
 
 
 def _render(folder: Path, outcomes: list, *, waiting: list = (), **parts) -> Path:
@@ -121,14 +135,16 @@ def _look(state: str) -> str:
 def _where(folder: Path, outcomes: list) -> str:
     environment = next((o.record["env"] for o in outcomes if o.record), None)
     if environment is None:
-        return Path(folder).name
+        return f"Run: {Path(folder).name} (UTC)."
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    device = f"{environment['device']} ({environment['cpu']})"
-    return f"{Path(folder).name} UTC on {device}; Python {environment['python']}, {versions}"
+    device, cpu = environment["device"], environment["cpu"]
+    device = cpu if cpu.startswith(device) else f"{device} ({cpu})"
+    python = f"Python {environment['python']}"
+    return f"Run: {Path(folder).name} (UTC). Device: {device}. Packages: {python}, {versions}."
 
 
 def number(value: float | None) -> str:
-    """A figure for a reader: bytes in full, all else in four digits, nothing for none."""
+    """A number for a reader: whole numbers in full, others with four digits, and an empty text for None."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -139,7 +155,7 @@ def _shown(finding) -> dict:
     return {
         "name": finding.name,
         "short": finding.name.partition("/")[2],
-        "state": finding.state,
+        "result": RESULTS[finding.state],
         "look": _look(finding.state),
         "now": number(finding.now),
         "before": number(finding.before),
@@ -156,13 +172,15 @@ def _groups(findings: list, trends: dict[str, list[float]]) -> list[dict]:
         own = [f for f in findings if f.name.partition("/")[0] == notebook]
         shown = [_shown(f) | {"trend": _trend(trends.get(f.name, []))} for f in sorted(own, key=lambda f: f.name)]
         counts = {state: sum(f.state == state for f in own) for state in dict.fromkeys(f.state for f in own)}
-        summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+        summary = ", ".join(
+            f"{count} {RESULTS[state]}{'s' * (state == 'regression' and count > 1)}" for state, count in counts.items()
+        )
         groups.append({"name": notebook, "summary": summary, "figures": shown, "open": "regression" in counts})
     return groups
 
 
 def _trend(values: list[float]) -> dict | None:
-    """A line through the last thirty nights, in a box of 110 by 24, and a dot on the last; None for a single night."""
+    """A line through the last thirty nights in a box of 110 by 24, with a dot on the last one. None for a single night."""
     values = values[-30:]
     if len(values) < 2:
         return None
@@ -177,18 +195,18 @@ def _trend(values: list[float]) -> dict | None:
         "points": " ".join(f"{a:.1f},{b:.1f}" for a, b in points),
         "x": f"{x:.1f}",
         "y": f"{y:.1f}",
-        "title": f"{len(values)} nights, {number(low)} to {number(high)}",
+        "title": f"{len(values)} nights, from {number(low)} to {number(high)}",
     }
 
 
 def _plots(outcomes: list) -> list[dict]:
-    """Memory against quality, and speed, of the notebook with most rows of them; a row without them is in no figure."""
+    """Plots of memory against quality, and of speed, from the notebook with the most such rows."""
     from ..measuring import plots
 
     found = []
     for value, draw, caption in (
         (_byte_and_quality, plots.pareto, "memory against perplexity"),
-        (_decode_tok_s, lambda rows: plots.bars(rows, "tokens/s"), "tokens/s while decoding, batch 1"),
+        (_decode_tok_s, lambda rows: plots.bars(rows, "tokens/s"), "tokens/s while decoding, batch size 1"),
     ):
         each = {o.name: _values(o, value) for o in outcomes if o.status == "passed"}
         notebook, shown = max(each.items(), key=lambda item: len(item[1]), default=("", {}))
@@ -209,7 +227,7 @@ def _values(outcome, value) -> dict:
 
 
 def _label(name: str) -> str:
-    """A name in a figure: short, and its dollars no formula's."""
+    """A name in a plot: shortened, and with dollar signs that start no formula."""
     return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
 
 
@@ -223,16 +241,16 @@ def _decode_tok_s(row: dict) -> float:
 
 
 def _markdown(night, words: str, where: str) -> str:
-    """The summary; what notebooks wrote stands in code spans, where Markdown and HTML are text."""
+    """The summary. Text from notebooks is in code spans, so that Markdown and HTML in it stay text."""
     lines = [f"## {words}", "", _code(where), ""]
     lines += [f"- {_code(note)}" for note in (*night.trouble, *night.notes)]
-    lines += ["", "| notebook | status | time | host memory | reason |", "|---|---|--:|--:|---|"]
+    lines += ["", "| notebook | status | time | peak host memory | reason |", "|---|---|--:|--:|---|"]
     for row in map(_row, night.outcomes):
         reason = _code(row["reason"]) + (f" {row['category']}, `{row['signature']}`" if row["signature"] else "")
         lines.append(f"| {row['name']} | {row['status']} | {row['time']} | {row['memory']} | {reason} |")
     worse = [_shown(f) for f in night.findings if f.state == "regression"]
     if worse:
-        lines += ["", "| regression | before | now | tolerance | probable cause |", "|---|--:|--:|--:|---|"]
+        lines += ["", "| regression | expected | measured | tolerance | probable cause |", "|---|--:|--:|--:|---|"]
         for f in worse:
             lines.append(
                 f"| {_code(f['name'])} | {f['before']} | {f['now']} | {f['tolerance']} | {_code(f['cause'])} |"
@@ -241,6 +259,6 @@ def _markdown(night, words: str, where: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A code span that nothing in the text can end, in a cell that nothing in it can leave."""
+    """A code span in a table cell. Nothing in the text can end the span or the cell."""
     plain = " ".join(text.replace("`", "'").replace("|", "¦").split())
     return f"`{plain}`" if plain else ""

@@ -1,13 +1,13 @@
-"""Notebooks executed without a screen, and judged by what they wrote.
+"""Execute notebooks without a browser, and judge them by the records that they write.
 
-papermill reports success in cases that are none (`executing` names them), so a run counts only by its record: the last cell
-writes `record.json` into the folder that the runner names, and the runner reads it back, checks it against the schema, and
-checks that it is of this run. Each notebook has a process of its own and a time limit; when it ends, nothing that it started
-goes on, and its memory is given back. One notebook's failure does not stop the others, and each result is on the disk before
-the next notebook starts.
+papermill reports success in some cases that are failures (`executing` lists them). So a notebook passes only with a record: its
+last cell writes `record.json` into the folder that the runner gives it. The runner reads the file, checks it against the schema,
+and checks that it was written during this run. Each notebook has its own process and a time limit. When it ends, every process
+that it started is ended too, and its memory is free again. The failure of one notebook does not stop the others. Each result is
+on the disk before the next notebook starts.
 
-    status    passed, failed (its code), timeout, error (ours: the harness, its parameters), skipped (with a reason)
-    category  cell error, kernel died, timeout, missing record, parameters, harness; empty where it passed
+    status    passed, failed (an error in the notebook), timeout, error (in qwlib or in the parameters), skipped (with a reason)
+    category  cell error, kernel died, timeout, missing record, parameters, harness (qwlib itself); empty if it passed
 """
 
 import contextlib
@@ -36,7 +36,7 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN")
 
 @dataclass
 class Plan:
-    """What to do with one notebook: its parameters, its time limit, or the reason to skip it; `name`: what its results go by."""
+    """What to do with one notebook: its parameters, its time limit, or the reason to skip it. `name` names its results."""
 
     path: Path
     parameters: dict = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """How one notebook ended. `peak_bytes` is the resident memory of all its processes, summed, looked at twice a second."""
+    """How one notebook ended. `peak_bytes` is the peak of the resident memory of all its processes, sampled twice a second."""
 
     name: str
     status: str
@@ -64,14 +64,14 @@ class Outcome:
 
 
 def run(plans: list[Plan], out: Path) -> tuple[list[Outcome], Path]:
-    """Execute notebooks into a new folder under `out`; outcomes and that folder come back.
+    """Execute notebooks into a new folder under `out`. Returns the outcomes and that folder.
 
-    Parameters go over those that a notebook's parameters cell declares; `OUT` is the runner's own.
+    Parameters replace those that a notebook's parameters cell declares. The runner sets `OUT` itself.
 
-    Raises QwlibError where there is nothing to run.
+    Raises QwlibError if there is nothing to run.
     """
     if not plans:
-        raise QwlibError("no notebooks to run: name some, or start in the project's folder")
+        raise QwlibError("there are no notebooks to run: name one, or start in the project's folder")
     if missing := [str(plan.path) for plan in plans if not plan.path.is_file()]:
         raise QwlibError(f"no such notebook: {', '.join(missing)}")
     plans, outcomes = _told_apart(plans), []
@@ -84,7 +84,7 @@ def run(plans: list[Plan], out: Path) -> tuple[list[Outcome], Path]:
 
 
 def _told_apart(plans: list[Plan]) -> list[Plan]:
-    """The plans, each under a name of its own: the second notebook called `a` goes by `a-2`."""
+    """The plans with a different name for each: the second notebook called `a` becomes `a-2`."""
     taken, out = set(), []
     for plan in plans:
         ends = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
@@ -118,7 +118,7 @@ def execute(plan: Plan, folder: Path) -> Outcome:
         keep(outcome, home)
     except OSError as error:
         outcome.status, outcome.category = "error", "harness"
-        outcome.reason = f"{outcome.reason}; its outcome could not be written: {error}".lstrip("; ")
+        outcome.reason = f"{outcome.reason}; the outcome could not be written: {error}".lstrip("; ")
     why = f": {outcome.reason}" if outcome.reason else ""
     print(f"{name} {outcome.status} in {outcome.seconds:.0f} s{why}", flush=True)
     return outcome
@@ -149,18 +149,18 @@ def _in_a_process(plan: Plan, executed: Path, home: Path) -> tuple[dict, int]:
             process.wait()
     at = executing.running(executed)
     if late:
-        reason = f"ended after {plan.timeout_s:g} s in {at}"
+        reason = f"stopped in {at}, at the time limit of {plan.timeout_s:g} s"
         return {"status": "timeout", "category": "timeout", "reason": reason}, peak
     try:
         return json.loads((home / "ended.json").read_text(encoding="utf-8")), peak
     except (OSError, ValueError):
         last = (home / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        why = f"its process ended with {process.returncode} in {at}" + (f": {last[-1]}" if last else "")
+        why = f"its process ended with exit code {process.returncode} in {at}" + (f": {last[-1]}" if last else "")
         return {"status": "error", "category": "harness", "reason": why}, peak
 
 
 def _asked(plan: Plan) -> dict:
-    """What is executed, and with what: a result counts for these alone."""
+    """The notebook, its parameters and the code. A result is valid only for these."""
     return {"parameters": plan.parameters, "sha256": files.sha256(plan.path), "code": _code()}
 
 
@@ -170,7 +170,7 @@ def _code(folder: Path = Path(__file__).parents[1]) -> str:
 
 
 def _watched(process, timeout_s: float, executed: Path) -> tuple[bool, int]:
-    """(whether the time was over, peak bytes) once the process ended or is to be ended."""
+    """(whether the time limit was reached, peak bytes), once the process has ended or must be ended."""
     began, peak, shown = time.monotonic(), 0, ""
     while process.poll() is None:
         if time.monotonic() - began > timeout_s:
@@ -201,7 +201,7 @@ def _resident(pid: int) -> int:
 
 
 def _judged(name: str, ended: dict, home: Path, began: datetime) -> Outcome:
-    """The outcome: what the process said, and where that was a success, what the record says."""
+    """The outcome from what the process reported. If that was a success, the record decides."""
     outcome = Outcome(name, ended["status"], reason=ended["reason"], category=ended["category"])
     if outcome.status == "passed":
         try:
@@ -221,7 +221,7 @@ def proved(home: Path, began: datetime) -> dict:
     except QwlibError as error:
         raise QwlibError(f"the last cell did not write a valid record: {error}") from None
     if written["kind"] != "notebook" or datetime.fromisoformat(written["created"]) < began:
-        raise QwlibError("the record is not of this run")
+        raise QwlibError("the record was not written during this run")
     return json.loads(hide_tokens(json.dumps(written)))
 
 

@@ -51,7 +51,7 @@ def _plan(path: Path, row, size: str, file: Path, gpu: bool | None) -> Plan:
     if isinstance(row[size], str) and row[size].strip():
         return Plan(path, skip=row[size])
     chosen = [row[size]]
-    if size == "nightly" and row.get("gpu") and (_has_gpu() if gpu is None else gpu):
+    if size == "nightly" and row.get("gpu") and (has_gpu() if gpu is None else gpu):
         chosen.append(row["gpu"])
     parameters = {}
     for part in chosen:
@@ -63,7 +63,8 @@ def _plan(path: Path, row, size: str, file: Path, gpu: bool | None) -> Plan:
     return Plan(path, parameters, timeout_s)
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU, so that `gpu` parameters apply."""
     import torch
 
     return torch.cuda.is_available()

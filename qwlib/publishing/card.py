@@ -1,11 +1,11 @@
-"""The card of an artefact: written from its manifest and its records, with a part that stays its author's own.
+"""The model card of an artefact, written from its manifest and its records. The author's own words in a card are kept.
 
     text = card.write("me/smollm2-nf4", folder, manifest, records)
 
-What it says of loading are lines for the library that reads the files, without qwlib; tests run them as they stand. What was not
-measured is not in it. Metadata go through huggingface_hub's ModelCard and EvalResult.
+The code for loading uses the library that reads the files, where possible without qwlib. Tests run this code exactly as it
+stands in the card. The card contains only what was measured. Metadata are written by huggingface_hub's ModelCard and EvalResult.
 
-What it leaves out: intended use, training data, bias. They are the base model's, whose card is linked.
+What it leaves out: intended use, training data and bias. They are in the base model's card, which is linked.
 """
 
 import json
@@ -21,7 +21,7 @@ OWN = ("<!-- your own words begin -->", "<!-- your own words end -->")
 
 
 def own_words(text: str) -> str:
-    """What an author wrote into a card: what stands between the markers, or all of a card that has none."""
+    """What an author wrote into a card: the text between the markers, or the whole card if it has no markers."""
     if OWN[0] in text:
         rest = text.partition(OWN[0])[2]
         return (rest.rpartition(OWN[1])[0] if OWN[1] in rest else rest).strip("\n")
@@ -33,9 +33,9 @@ _FRONT = re.compile(r"\A\s*---(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---[ \t]*(?:
 
 
 def own_metadata(text: str) -> dict:
-    """An author's metadata: the keys of a card's head that are not written here (language, extra_gated_prompt, …).
+    """An author's metadata: the keys of a card's head that qwlib does not write (language, extra_gated_prompt, …).
 
-    Raises QwlibError where the head can't be read.
+    Raises QwlibError if the head can't be read.
     """
     import yaml
 
@@ -45,7 +45,9 @@ def own_metadata(text: str) -> dict:
     except yaml.YAMLError:
         found = None
     if not isinstance(found or {}, dict) or found is None:
-        raise QwlibError("the metadata of the card that is there can't be read: mend it on its page")
+        raise QwlibError(
+            "the metadata of the existing model card can't be read: repair the card on its page on the Hub"
+        )
     return {key: value for key, value in (found or {}).items() if key not in WRITTEN}
 
 
@@ -63,13 +65,13 @@ WRITTEN |= {"tags", "model-index", "model_name", "eval_results"}
 
 
 def plain(text) -> str:
-    """A foreign text in one line that is no Markdown, HTML or marker."""
+    """A text from elsewhere, in one line and escaped, so that it contains no Markdown, HTML or marker."""
     out = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
     return re.sub(r"([|\[\]*_\\])", r"\\\1", out)
 
 
 def matching(manifest: dict, records: list[dict]) -> list[dict]:
-    """Those records that measured this very artefact."""
+    """The records that are measurements of this artefact."""
     from ..measuring.describing import describe_artefact
 
     made = describe_artefact(manifest)
@@ -81,9 +83,9 @@ def matching(manifest: dict, records: list[dict]) -> list[dict]:
 
 
 def write(repo_id: str, folder: Path, manifest: dict, records: list[dict], there: str = "") -> str:
-    """The whole README.md. `there`: the card that it replaces, whose author's words and metadata are carried over.
+    """The whole README.md. `there` is the card that it replaces. The author's words and metadata are copied from that card.
 
-    Raises QwlibError where a record is of something else.
+    Raises QwlibError if a record is not a measurement of this artefact.
     """
     from huggingface_hub import ModelCard
 
@@ -96,11 +98,11 @@ def write(repo_id: str, folder: Path, manifest: dict, records: list[dict], there
     parts = [
         f"# {repo_id.partition('/')[2]}",
         f"{licence.shown}.\n" if licence and licence.shown else "",
-        f"{made_from} in `{scheme.name}`: {scheme.what}. {_stored(manifest)}",
+        f"{made_from}, stored in the scheme `{scheme.name}`: {scheme.what}. {_stored(manifest)}",
         "## Loading",
         lines(repo_id, folder, manifest),
         "## Measured",
-        "\n\n".join(_measured(record) for record in measured) or "Nothing yet.",
+        "\n\n".join(_measured(record) for record in measured) or "Nothing has been measured yet.",
         "## How it was made",
         _made(manifest),
         "## Licence",
@@ -137,7 +139,7 @@ def metadata(repo_id: str, manifest: dict, records: list[dict], own: dict):
                     EvalResult(
                         **about,
                         metric_type="kl-divergence",
-                        metric_name=f"mean KL divergence from {kld['reference']}, nats a token",
+                        metric_name=f"mean KL divergence from {kld['reference']}, nats per token",
                         metric_value=round(kld["mean"], 5),
                     )
                 )
@@ -208,7 +210,7 @@ with qwlib.load(snapshot_download({repo})) as lm:
 
 
 def code(repo_id: str, folder: Path, manifest: dict) -> str:
-    """The Python lines that load the artefact from the Hub and let it say something."""
+    """Python code that loads the artefact from the Hub and generates a few tokens."""
     kind = LIBRARY[schemes.find(manifest["scheme"]).backend]
     return LINES.get(kind, LINES["qwlib"]).format(
         repo=json.dumps(str(repo_id)), file=json.dumps(catalog.gguf_file(folder))
@@ -216,7 +218,7 @@ def code(repo_id: str, folder: Path, manifest: dict) -> str:
 
 
 def lines(repo_id: str, folder: Path, manifest: dict) -> str:
-    """What to install, and `code`."""
+    """The packages to install, followed by `code`."""
     packages = PACKAGES.get(schemes.find(manifest["scheme"]).backend)
     install = f"```sh\npip install {' '.join(packages)}\n```\n\n" if packages else ""
     return f"{install}```python\n{code(repo_id, folder, manifest)}\n```"
@@ -224,19 +226,23 @@ def lines(repo_id: str, folder: Path, manifest: dict) -> str:
 
 def _stored(manifest: dict) -> str:
     total = artefacts.weight_bytes(manifest)
-    grouped = f", groups of {manifest['group_size']} weights" if "group_size" in manifest else ""
-    return f"{total / 1e9:.3f} GB of weights in files{grouped}; what is not quantized is {manifest['dtype']}."
+    grouped = f" Groups of {manifest['group_size']} weights share a scale." if "group_size" in manifest else ""
+    rest = f" Weights that are not quantized are stored in {manifest['dtype']}."
+    return f"The weight files take {total / 1e9:.3f} GB.{grouped}{rest}"
 
 
 def _measured(record: dict) -> str:
     memory, speed, env = record["memory"], record["speed"], record["env"]
     held = (memory["weights_bytes"] + memory["state_bytes"]) / 1e9
-    rows = [("weights held, scales included", f"{held:.3f} GB")]
+    rows = [("weights in memory, scales included", f"{held:.3f} GB")]
     if "load_peak_bytes" in memory:
-        rows.append(("peak while loading", f"{memory['load_peak_bytes'] / 1e9:.3f} GB"))
-    shape = f"batch {speed['batch']}, {speed['prompt_tokens']} + {speed['new_tokens']} tokens, {plain(speed['engine'])}"
+        rows.append(("peak memory while loading", f"{memory['load_peak_bytes'] / 1e9:.3f} GB"))
+    shape = (
+        f"batch size {speed['batch']}, {speed['prompt_tokens']} prompt tokens, {speed['new_tokens']} new tokens, "
+        f"engine: {plain(speed['engine'])}"
+    )
     if "decode_tok_s" in speed:
-        rows.append((f"decoding ({shape})", f"{speed['decode_tok_s']:.1f} tokens/s"))
+        rows.append((f"decoding speed ({shape})", f"{speed['decode_tok_s']:.1f} tokens/s"))
     rows.append(("time to first token, median", f"{speed['ttft_s']['p50'] * 1e3:.0f} ms"))
     if quality := record.get("quality"):
         text = f"{quality['protocol']}, {quality['tokens']} tokens of {plain(quality['text'])}"
@@ -245,18 +251,18 @@ def _measured(record: dict) -> str:
             reference = plain(kld["reference"])
             if "ppl_ratio" in kld:
                 change, error = kld["ppl_ratio"] * 100 - 100, kld["ppl_ratio_stderr"] * 100
-                rows.append((f"its change from {reference}", f"{change:+.1f} ± {error:.1f} %"))
+                rows.append((f"perplexity change from {reference}", f"{change:+.1f} ± {error:.1f} %"))
             rows.append(
                 (
                     f"mean KL divergence from {reference}",
-                    f"{kld['mean']:.4f} ± {kld['stderr']:.4f} nats a token",
+                    f"{kld['mean']:.4f} ± {kld['stderr']:.4f} nats per token",
                 )
             )
-            rows.append((f"same most probable word as {reference}", f"{kld['top1'] * 100:.1f} %"))
-    table = "\n".join(["| | |", "|---|--:|", *(f"| {name} | {value} |" for name, value in rows)])
+            rows.append((f"top-1 agreement with {reference}", f"{kld['top1'] * 100:.1f} %"))
+    table = "\n".join(["| measurement | value |", "|---|--:|", *(f"| {name} | {value} |" for name, value in rows)])
     packages = ", ".join(plain(f"{name} {version}") for name, version in env["packages"].items())
     machine = env["cpu"] if env["cpu"].startswith(env["device"]) else f"{env['device']} ({env['cpu']})"
-    where = f"On {plain(machine)}, {record['created'][:10]}, {packages}."
+    where = f"Measured on {plain(machine)}, on {record['created'][:10]}, with {packages}."
     return f"{where}\n\n{table}"
 
 
@@ -264,17 +270,19 @@ def _made(manifest: dict) -> str:
     tools = ", ".join(plain(f"{name} {version}") for name, version in manifest["tools"].items())
     source = manifest["source"]
     told = [f"{key} `{plain(source[key])}`" for key in ("revision", "sha256", "adapter") if key in source]
-    out = [f"From {plain(source['name'])}{' (' + ', '.join(told) + ')' if told else ''}, with {tools}."]
+    out = [f"Made from {plain(source['name'])}{' (' + ', '.join(told) + ')' if told else ''}, with {tools}."]
     if chosen := manifest.get("calibration"):
-        out.append(f"Calibrated on {chosen['samples']} × {chosen['length']} tokens of {plain(chosen['text'])}.")
+        out.append(
+            f"Calibrated on {chosen['samples']} samples of {chosen['length']} tokens each, from {plain(chosen['text'])}."
+        )
     out.append(
-        f"`{artefacts.MANIFEST}` names every file with its SHA-256; [qwlib](https://github.com/qwlib/qwlib) wrote this card."
+        f"`{artefacts.MANIFEST}` lists every file with its SHA-256. [qwlib](https://github.com/qwlib/qwlib) wrote this card."
     )
     return " ".join(out)
 
 
 def _licence(licence: Licence | None, parent: str | None, row: catalog.Model | None) -> str:
     if licence is None:
-        return "That of the model it was made from, which is not known here."
-    told = f"That of [{parent}](https://huggingface.co/{parent}): {row.licence}."
+        return "The licence is that of the model it was made from. qwlib does not know that licence."
+    told = f"The licence is that of [{parent}](https://huggingface.co/{parent}): {row.licence}."
     return told + (f" {licence.notice.rstrip('.')}." if licence.notice else "")

@@ -26,24 +26,24 @@ def made(scheme, *, held=100, tok_s=10.0, batch=1, device="cpu", weights="traine
 def test_the_reference_comes_first_and_ratios_are_against_it():
     rows = compare.rows([made("nf4", held=40, tok_s=15.0), made("bf16")])
     assert [r["scheme"] for r in rows] == ["bf16", "nf4"]
-    assert rows[1]["saved %"] == pytest.approx(60)
-    assert rows[1]["× 16-bit"] == 1.5
+    assert rows[1]["saved (%)"] == pytest.approx(60)
+    assert rows[1]["× 16-bit speed"] == 1.5
 
 
 @pytest.mark.parametrize("other", [{"batch": 2}, {"device": "another machine"}, {"weights": "random"}])
 def test_no_ratio_between_what_can_not_be_compared(other):
     rows = compare.rows([made("bf16"), made("nf4", **other)])
-    assert "× 16-bit" not in rows[1]
+    assert "× 16-bit speed" not in rows[1]
 
 
 def test_what_was_read_from_an_artefact_is_marked():
-    origins = {None: "nf4", "qwlib": "nf4 (saved)", "foreign": "nf4 (foreign)"}
+    origins = {None: "nf4", "qwlib": "nf4 (saved)", "foreign": "nf4 (not made by qwlib)"}
     for artefact, label in origins.items():
         record = made("nf4")
         record["model"] |= {"artefact": artefact} if artefact else {}
         found = compare.rows([made("bf16"), record])[1]
         assert found["scheme"] == label
-        assert found["× 16-bit"] == 1  # compared with the reference all the same
+        assert found["× 16-bit speed"] == 1  # compared with the reference all the same
 
 
 def test_a_failure_stays_a_row():
@@ -55,7 +55,7 @@ def test_a_failure_stays_a_row():
 
 def test_every_batch_size_has_its_own_reference():
     rows = compare.rows([made("bf16", batch=b, tok_s=10.0 * b) for b in (1, 4)] + [made("nf4", batch=4, tok_s=20.0)])
-    assert [r.get("× 16-bit") for r in rows] == [1.0, 1.0, 0.5]
+    assert [r.get("× 16-bit speed") for r in rows] == [1.0, 1.0, 0.5]
 
 
 KLD = {
@@ -81,9 +81,11 @@ FAILED = {"model": {"name": "m"}, "scheme": {"name": "int8"}, "failure": {"reaso
 
 def test_divergence_has_its_columns():
     row = compare.rows([made("nf4", quality=QUALITY)])[0]
-    assert (row["KLD"], row["KLD ±"], row["top-1 %"]) == (0.25, 0.01, 75.0)
-    assert (row["PPL +%"], row["+% ±"]) == (50.0, 2.0)
-    assert compare.protocol({"quality": QUALITY}).startswith("PPL: gptq-8 on t (sha256 000000000000), 9 tokens; diverg")
+    assert (row["KLD"], row["KLD ±"], row["top-1 agreement (%)"]) == (0.25, 0.01, 75.0)
+    assert (row["PPL increase (%)"], row["PPL increase ±"]) == (50.0, 2.0)
+    assert compare.protocol({"quality": QUALITY}).startswith(
+        "PPL: gptq-8 on t (sha256 000000000000), 9 tokens; KL diverg"
+    )
 
 
 def test_a_protocol_stands_once_under_a_table():
@@ -96,7 +98,7 @@ def test_a_protocol_stands_once_under_a_table():
 
 def test_a_value_stands_with_its_error():
     headings, body = compare.cells([made("bf16"), made("nf4", quality=QUALITY)])
-    assert headings[-4:] == ["PPL", "PPL +%", "KLD", "top-1 %"]
+    assert headings[-4:] == ["PPL", "PPL increase (%)", "KLD", "top-1 agreement (%)"]
     assert body[1][-4:] == ["15.00 ± 1.00", "50.0 ± 2.0", "0.2500 ± 0.0100", "75.0"]
     assert body[0][-4:] == [""] * 4
 
@@ -105,7 +107,7 @@ def test_the_frame_keeps_numbers_and_reasons():
     table = compare.frame([made("bf16"), made("nf4", held=40, quality=QUALITY), FAILED])
     assert list(table["scheme"]) == ["bf16", "int8", "nf4"]
     assert table.loc[table["scheme"] == "int8", "failed"].item() == "no <b>room</b> | none"
-    assert table.loc[table["scheme"] == "nf4", "saved %"].item() == pytest.approx(60)
+    assert table.loc[table["scheme"] == "nf4", "saved (%)"].item() == pytest.approx(60)
     assert table["PPL"].count() == 1
 
 
@@ -143,7 +145,7 @@ def test_the_table_is_exported_three_ways(tmp_path):
     assert [p.name for p in paths] == ["table.csv", "table.md", "table.html"]
     with open(tmp_path / "table.csv", newline="") as file:
         rows = {row["scheme"]: row for row in csv.DictReader(file)}
-    assert float(rows["nf4"]["weights GB"]) == 4e-8
+    assert float(rows["nf4"]["weights (GB)"]) == 4e-8
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert len({line.replace("\\|", "").count("|") for line in lines if line.startswith("|")}) == 1
     assert "PPL: gptq-8 on t" in lines[-1]

@@ -119,5 +119,5 @@ def test_experts_of_a_mixture_stay_in_16_bits_and_the_estimate_says_so(tmp_path,
     assert qwlib.estimate(row_of("smollm2-135m"), "nf4").held_bits == pytest.approx(7.1, abs=0.2)  # a large embedding
     done = CliRunner().invoke(main.app, ["estimate", str(tmp_path), "nf4"]).stdout
     assert f"{four.held_bits:.2f}" in done
-    assert f"{estimates.outside(str(tmp_path)):.0%} of the parameters lie in no linear layer" in done
+    assert f"{estimates.outside(str(tmp_path)):.0%} of the parameters are outside the linear layers" in done
     assert "no linear layer" not in CliRunner().invoke(main.app, ["estimate", "opt-350m", "nf4"]).stdout

@@ -59,9 +59,9 @@ def shell():
         ("!false", "the command `false` ended with exit code 1"),
         ("x = !exit 3", "the command `exit 3` ended with exit code 3"),
         ("for code in (0, 4):\n    x = !exit {code}", "the command `exit {code}` ended with exit code 4"),
-        ("exit", "exit.. and quit.. end nothing in a notebook"),
-        ("quit()", "end nothing in a notebook"),
-        ("exit(1)", "end nothing in a notebook"),
+        ("exit", "exit.. and quit.. do not end a notebook"),
+        ("quit()", "do not end a notebook"),
+        ("exit(1)", "do not end a notebook"),
     ],
 )
 def test_what_a_kernel_passes_over_raises(shell, cell, message, capsys):

@@ -300,7 +300,7 @@ def test_a_rejected_night_never_becomes_the_norm():
         ({"text": "cd" * 32}, "text abababababab → cdcdcdcdcdcd"),
         ({"artefact": {"tools": {"llama-cpp-python": "0.4.0"}}}, "llama-cpp-python 0.3.36 → 0.4.0"),
         ({"protocol": "gptq-2048"}, "protocol gptq-512 → gptq-2048"),
-        ({}, "nothing that is recorded changed but the code"),
+        ({}, "no recorded package, hash or setting changed, so it may be the code"),
     ],
 )
 def test_the_probable_cause_is_named(tmp_path, change, cause):
@@ -324,7 +324,7 @@ def test_speed_without_a_baseline_takes_its_cause_from_the_last_pass():
 
 def test_what_vanishes_is_a_regression_and_what_is_skipped_says_why(baseline):
     (gone,) = {f.cause for f in regressed(gates.judge(night(row("bf16")), baseline, gates.Past())).values()}
-    assert gone == "tonight's record has no such figure"
+    assert gone == "tonight's record does not contain this metric"
     failed = row("nf4", failure={"reason": "out of memory"})
     assert {f.cause for f in regressed(gates.judge(night(failed), baseline, gates.Past())).values()} == {
         "out of memory"
@@ -334,7 +334,7 @@ def test_what_vanishes_is_a_regression_and_what_is_skipped_says_why(baseline):
     assert not regressed(findings)
     assert {f.cause for f in findings if f.state == "skipped"} == {"no compiler"}
     findings = gates.judge(night(status="failed"), baseline, gates.Past())
-    assert {(f.state, f.cause) for f in findings} == {("skipped", "03 failed")}
+    assert {(f.state, f.cause) for f in findings} == {("skipped", "the status of notebook 03 is: failed")}
     findings = gates.judge(night(row("nf4"), name="renamed"), baseline, gates.Past())
     assert {f.cause for f in regressed(findings).values()} == {"there is no notebook 03 any more"}
 
@@ -372,7 +372,7 @@ def test_a_baseline_has_a_line_a_figure_and_reads_back(tmp_path, baseline):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ('{"schema": 0}', "is of schema 0, and 1 is read here"),
+        ('{"schema": 0}', "has schema 0, but this version reads 1"),
         *((bad, "damaged") for bad in ("{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "device": "x", "sizes": []}')),
         (
             '{"schema": 1, "device": "x", "sizes": {"smoke": {"packages": {}, "given": {}, "figures": {"a": 1}}}}',

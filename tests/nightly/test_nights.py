@@ -120,15 +120,15 @@ def test_nights_from_the_first_to_a_regression(place):
     code, said = night("--update-baseline")
     assert code == 0, said
     assert "a passed before, and its record is valid" in said
-    assert "Fine: 2 of 2 notebooks passed, 8 figures accepted" in said
+    assert "Fine: 2 of 2 notebooks passed, 8 metrics accepted as baseline" in said
     code, said = night()
     assert code == 0, said
-    assert "Fine: 2 of 2 notebooks passed, 8 figures held" in said
+    assert "Fine: 2 of 2 notebooks passed, 8 metrics within tolerance" in said
     place.report(nf4=101, bf16=400)
     (place.folder() / "a" / "record.json").unlink()
     code, said = night()
     assert code == 1, said
-    assert "Regression: 2 of 2 notebooks passed, 1 of 8 figures regressed" in said
+    assert "Regression: 2 of 2 notebooks passed, 1 of 8 metrics regressed" in said
     assert "a/m/nf4/weights_bytes" in said
     assert "a/m/nf4/weights_bytes" in place.page()
     assert place.again(update_baseline=True).code == 0
@@ -142,7 +142,7 @@ def test_without_a_baseline_nothing_is_judged_and_the_page_says_so(place):
     assert night.code == 0
     assert set(states(night).values()) == {"new"}
     assert "no baseline for smoke" in place.page()
-    assert "no figure judged" in place.page()
+    assert "no metric was judged" in place.page()
 
 
 def test_a_notebook_that_fails_is_2_and_takes_nothing_with_it(place):
@@ -152,7 +152,7 @@ def test_a_notebook_that_fails_is_2_and_takes_nothing_with_it(place):
     assert night.code == 2
     assert [outcome.status for outcome in night.outcomes] == ["failed", "passed"]
     assert states(night)["m/nf4/weights_bytes"] == "fine"  # b's; a's are named as not run
-    assert {f.cause for f in night.findings if f.name.startswith("a/")} == {"a failed"}
+    assert {f.cause for f in night.findings if f.name.startswith("a/")} == {"the status of notebook a is: failed"}
 
 
 def test_a_harness_that_fails_is_3_before_or_after(place):
@@ -190,7 +190,7 @@ def test_a_killed_night_reports_and_goes_on_where_it_was(fresh):
     Path(f"{place.facts}.go").touch()
     done = subprocess.run(place.command("--resume"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"the night of process {runner.pid} did not end by itself" in done.stdout
+    assert f"the night of process {runner.pid} was interrupted" in done.stdout
     assert "a passed before, and its record is valid" in done.stdout
     assert "b passed in" in done.stdout
     assert record.read(folder / "a" / "record.json")["created"] == before
@@ -232,7 +232,7 @@ def test_a_baseline_of_an_older_schema_is_3_and_the_night_is_kept(place):
     night = place.again()
     assert night.code == 3
     assert [outcome.status for outcome in night.outcomes] == ["passed", "passed"]
-    assert "is of schema 0, and 1 is read here: accept tonight with --update-baseline" in place.page()
+    assert "has schema 0, but this version reads 1: write a new one with --update-baseline" in place.page()
     assert place.again(update_baseline=True).code == 0
     assert Path(f"{path}.old").exists()
     assert place.again().code == 0
@@ -293,7 +293,7 @@ def test_a_row_that_can_not_be_read_is_noted(place):
     assert not night.trouble
     night.outcomes[0].record["rows"].append({"scheme": "odd", "speed": 3})
     nights._judge(night, place.out / "nights.jsonl", gates.path_of(place.baselines, night.device), False)
-    assert night.trouble == ["03/model/odd does not hold what its keys promise: it is not judged"]
+    assert night.trouble == ["the row 03/model/odd can't be read: it was not judged"]
     assert night.code == 3
     assert [
         finding.state for finding in night.findings if finding.name.endswith("decode_tok_s")
@@ -306,7 +306,8 @@ def test_another_processor_is_noted(place):
     night = judged(place, "20260102-000000", device="another CPU")
     assert night.code == 0
     assert (
-        "the nights before were on a CPU, this one is on another CPU, and is compared with its own only" in night.notes
+        "the nights before were on a CPU, and this one is on another CPU: it is compared only with nights on the same device"
+        in night.notes
     )
     assert len(night.nights) == 1
 
@@ -328,7 +329,7 @@ def test_what_a_record_holds_can_stop_no_night(place):
     night = place.again()
     assert night.code == 3
     assert [outcome.status for outcome in night.outcomes] == ["passed", "passed"]
-    assert "The harness failed" in place.page()
+    assert "The nightly run itself failed" in place.page()
 
 
 def test_a_token_reaches_no_file_by_way_of_a_record(place, monkeypatch):

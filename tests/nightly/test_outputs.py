@@ -126,3 +126,62 @@ def test_errors_and_folders_of_this_machine_are_refused(pair, what, tmp_path):
     ):
         outputs.take(executed, path, "smoke")
     assert path.read_bytes() == before
+
+
+class TestAGpusOutputs:
+    LINE = "**On one H100** (torch 2):"
+
+    @pytest.fixture
+    def runs(self, tmp_path):
+        """(the notebook, a function: what both code cells print and the second one's source → its executed copy)."""
+        path, executed = tmp_path / "n" / "n.ipynb", tmp_path / "executed.ipynb"
+        path.parent.mkdir()
+
+        def cells(source, printed=None):
+            made = [V4.new_markdown_cell("# n"), V4.new_code_cell("print(1)"), V4.new_code_cell(source)]
+            made[2].metadata["tags"] = ["gpu"]
+            for cell in made[1:] if printed else ():
+                cell.outputs = [V4.new_output("stream", name="stdout", text=printed)]
+            return made
+
+        nbformat.write(V4.new_notebook(cells=cells("print(2)")), path)
+
+        def ran(printed, source="print(2)"):
+            nbformat.write(V4.new_notebook(cells=cells(source, printed)), executed)
+            return executed
+
+        return path, ran
+
+    @staticmethod
+    def told(path) -> list[list[str]]:
+        shown = nbformat.read(path, as_version=4).cells[1:]
+        return [[o.get("text") or o.data["text/markdown"] for o in cell.outputs] for cell in shown]
+
+    def test_stand_under_the_cells_for_a_gpu_alone_and_stay_there(self, runs):
+        path, ran = runs
+        assert outputs.stale(path, gpu=True)
+        outputs.take(ran("fast"), path, "nightly", gpu=self.LINE)
+        assert self.told(path) == [[], [self.LINE, "fast"]]
+        assert not outputs.stale(path, gpu=True)
+        assert outputs.stale(path)
+        for _ in range(2):
+            outputs.take(ran("skipped"), path, "nightly")
+            assert self.told(path) == [["skipped"], ["skipped", self.LINE, "fast"]]
+        assert not outputs.stale(path)
+        outputs.take(ran("faster"), path, "nightly", gpu=self.LINE)
+        assert self.told(path) == [["skipped"], ["skipped", self.LINE, "faster"]]
+        nbformat.validate(nbformat.read(path, as_version=4))
+
+    def test_go_when_those_cells_change(self, runs):
+        path, ran = runs
+        outputs.take(ran("fast"), path, "nightly", gpu=self.LINE)
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells[2].source = "print(3)"
+        nbformat.write(notebook, path)
+        assert outputs.stale(path, gpu=True)
+        outputs.take(ran("skipped", "print(3)"), path, "nightly")
+        assert self.told(path) == [["skipped"], ["skipped"]]
+        assert outputs.stale(path, gpu=True)
+
+    def test_are_nothing_where_no_cell_is_for_a_gpu(self, pair):
+        assert not outputs.stale(pair()[0], gpu=True)

@@ -90,7 +90,7 @@ def test_an_old_record_proves_nothing(notebook, tmp_path):
     cells += "old['created'] = '2020-01-01T00:00:00+00:00'\nrecord.write(old, Path(OUT) / 'record.json')"
     (outcome,), _ = run(notebook(cells), out=tmp_path / "runs")
     assert (outcome.status, outcome.category) == ("failed", "missing record")
-    assert outcome.reason == "the record is not of this run"
+    assert outcome.reason == "the record was not written during this run"
 
 
 def test_unknown_parameters_are_refused(notebook, tmp_path):
@@ -131,7 +131,7 @@ def test_a_hanging_notebook_is_ended_with_all_that_it_started(notebook, tmp_path
     began = time.monotonic()
     (outcome,), folder = run(notebook(start, RECORD), out=tmp_path / "runs", timeout_s=12)
     assert (outcome.status, outcome.category) == ("timeout", "timeout")
-    assert outcome.reason == "ended after 12 s in cell 3 of 4"
+    assert outcome.reason == "stopped in cell 3 of 4, at the time limit of 12 s"
     assert time.monotonic() - began < 90
     assert not psutil.pid_exists(int((folder / "n" / "pid").read_text()))
     assert not executing.processes(str(folder / "n"))

@@ -465,7 +465,7 @@ def record_of(manifest: dict, **more) -> dict:
 def test_a_card_says_what_was_measured_and_nothing_else(tiny):
     manifest = artefacts.read(tiny)
     empty = card.write(REPO, tiny, manifest, [])
-    assert "Nothing yet." in empty
+    assert "Nothing has been measured yet." in empty
     assert "model-index" not in empty
     there = f"---\nlanguage: en\nlicense: mit\n---\n# Old\n{card.OWN[0]}\nMy words | <b>\n{card.OWN[1]}\n"
     text = card.write(REPO, tiny, manifest, [record_of(manifest)], there)
@@ -473,13 +473,13 @@ def test_a_card_says_what_was_measured_and_nothing_else(tiny):
     assert "license: mit" not in text
     assert card_errors(text) == card_errors(empty) == []
     for told in (
-        "1.234 GB",
         "77.8 tokens/s",
         "50 ms",
         "9.88 ± 0.10",
         "+11.0 ± 1.0 %",
         "0.1235 ± 0.0010",
-        "90.0 %",
+        "top-1 agreement with bf16 | 90.0 %",
+        "weights in memory, scales included | 1.234 GB",
         "A card",
         "torch 9.9",
     ):
