@@ -1,10 +1,11 @@
-"""Products in 16 bits beside products in float32: one layer by its rows, then whole models as they come and as qwlib loads them.
+"""Matrix multiplications in 16 bits and in float32: one layer with several numbers of rows, then whole models.
 
     python benchmarks/arithmetic.py [--scheme bf16 --scheme nf4-dq --scheme int8] [--rounds 3]
 
-First on this processor, then (where it has more) as if it had AVX2 alone. `as it comes`: every product in the type of the
-weights, 4-bit layers with the 16-bit compute type. The two ways take turns, and the best round of each counts. Under the
-variables, bitsandbytes' own loops still use what the processor has: a 4-bit layer is dequantized faster than on a true AVX2 one.
+First on this processor, then (if it has more) as if it had AVX2 alone. `default` multiplies in the type of the weights, and uses
+the 16-bit compute type for 4-bit layers. `qwlib` is what `qwlib.load` chooses. The two take turns, and the best round of each
+counts. The environment variables do not change bitsandbytes' own loops: they use all instructions that the processor has, so a
+4-bit layer is dequantized faster than on a processor with AVX2 alone.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def layers(rounds: int) -> None:
 
 
 def models(names: list[str], rounds: int) -> None:
-    print(f"\n{'scheme':8} {'':12} {'PPL':>8} {'PPL, s':>8} {'TTFT, ms':>9} {'tokens/s':>9} {'8 at once':>9}")
+    print(f"\n{'scheme':8} {'':12} {'PPL':>8} {'PPL, s':>8} {'TTFT, ms':>9} {'tokens/s':>9} {'batch of 8':>10}")
     for scheme in names:
         as_it_comes = mock.patch.object(arithmetic, "choose", lambda dtype, device: (dtype, "asked for"))
         with contextlib.ExitStack() as stack:
@@ -51,7 +52,7 @@ def models(names: list[str], rounds: int) -> None:
                 if hasattr(module, "support_avx512bf16_for_cpu") and processor.capability() == "AVX2":
                     module.support_avx512bf16_for_cpu = False  # bitsandbytes asks the processor, which may have more
             chosen = stack.enter_context(qwlib.load("smollm2-135m", scheme, device="cpu"))
-            found = {"as it comes": [], "qwlib": []}
+            found = {"default": [], "qwlib": []}
             for _ in range(rounds):
                 for name, lm in zip(found, (plain, chosen), strict=True):
                     found[name].append(figures(lm))
@@ -60,12 +61,12 @@ def models(names: list[str], rounds: int) -> None:
             ppl, seconds, ttft = rows[0][0], min(r[1] for r in rows), min(r[2] for r in rows)
             one, eight = (max(r[n] for r in rows) for n in (3, 4))
             print(
-                f"{scheme:8} {name:12} {ppl:8.3f} {seconds:8.2f} {1e3 * ttft:9.0f} {one:9.1f} {eight:9.1f}", flush=True
+                f"{scheme:8} {name:12} {ppl:8.3f} {seconds:8.2f} {1e3 * ttft:9.0f} {one:9.1f} {eight:10.1f}", flush=True
             )
 
 
 def figures(lm) -> tuple:
-    """(perplexity of 2 × 512 tokens, its seconds, TTFT of a prompt of 64, tokens/s of one request and of 8 at once)."""
+    """(perplexity of 2 × 512 tokens, its seconds, TTFT of a prompt of 64, tokens/s of one request and of a batch of 8)."""
     began = time.perf_counter()
     ppl = quality.perplexity(lm, embedded.text(), protocol="gptq-512", blocks=2)["ppl"]
     took = time.perf_counter() - began

@@ -99,9 +99,9 @@ def continuous(lm, bandwidth: float, *, batch: int, prompt_tokens: int, new_toke
 
 
 def products(lm) -> list[dict]:
-    """Microseconds of one product of the model's largest kind of linear layer by 1 to 64 rows, nothing else in between.
+    """Microseconds of one multiplication by the model's largest kind of linear layer, with 1 to 64 rows and nothing in between.
 
-    One graph multiplies by that layer of every block, so that no weight is still in a cache from the product before.
+    One graph multiplies by that layer of every block, so that no weight is still in a cache from an earlier multiplication.
     """
     import torch
 
@@ -180,7 +180,7 @@ def summary(speed: dict) -> str:
 
 
 def tables(found: dict) -> str:
-    """Markdown: a row a scheme at batch 1; batches; transformers' own ways."""
+    """Markdown: one row per scheme at batch size 1, then batch sizes, then what transformers offers itself."""
     return "\n\n".join((front_table(found), schemes_table(found), batches_table(found), own_table(found)))
 
 
@@ -237,7 +237,7 @@ def picture(found: dict, path: Path) -> Path:
     }
     figure, axes = figures.axes(width=9.0, height=2.5, columns=2)
     for ax, (unit, values), form in zip(axes, panels.items(), ("%.1f", "%.0f"), strict=True):
-        drawn = ax.barh(names, values, color=[figures.INK if name == "bf16" else figures.COLOURS[0] for name in names])
+        drawn = ax.barh(names, values, color=[figures.looks(names)[name]["color"] for name in names])
         ax.bar_label(drawn, fmt=form, padding=4, color=figures.INK)
         ax.invert_yaxis()
         ax.margins(x=0.12)
@@ -254,7 +254,7 @@ def picture(found: dict, path: Path) -> Path:
 
 def schemes_table(found: dict) -> str:
     lines = [
-        "| scheme | held GB | load peak | load s | TTFT ms | eager tok/s | graph | compiled | of roofline | p99/p50 | J/token |",
+        "| scheme | memory (GB) | load peak | load s | TTFT ms | eager tok/s | graph | compiled | roofline | p99/p50 | J/token |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in found["rows"]:
@@ -283,8 +283,11 @@ def pair(found: dict) -> list[dict]:
 
 
 def batches_table(found: dict) -> str:
-    """Where 4 bits stop being faster, and why: what one product takes."""
-    lines = [f"| batch | {PAIR[0]} tok/s | {PAIR[1]} | ratio | one product, µs | | |", "|--:|--:|--:|--:|--:|--:|--:|"]
+    """Where 4 bits stop being faster, and why: the time of one matrix multiplication."""
+    lines = [
+        f"| batch size | {PAIR[0]} tok/s | {PAIR[1]} tok/s | ratio | {PAIR[0]} µs | {PAIR[1]} µs | ratio |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     ratios, rows = {}, pair(found)
     for batch in BATCHES if rows else []:
         speeds = [
@@ -300,16 +303,19 @@ def batches_table(found: dict) -> str:
         return "\n".join(lines)
     shape, at = " × ".join(map(str, rows[0]["products"][0]["shape"])), slower[0]
     why = (
-        f"From batch {at} on {PAIR[1]} is slower than {PAIR[0]}: there a {shape} product takes\n{ratios[at][1]:.2f} times as "
-        f"long in 4 bits as in 16, at batch 1 {ratios[1][1]:.2f} times. Reading 16-bit weights takes the\nsame time for more "
-        f"rows, unpacking 4-bit ones does not."
+        f"From batch size {at} on, {PAIR[1]} is slower than {PAIR[0]}. At batch size {at}, a matrix multiplication with a\n"
+        f"{shape} weight takes {ratios[at][1]:.2f} times as long in 4 bits as in 16. At batch size 1 it takes {ratios[1][1]:.2f} "
+        f"times as\nlong. With more rows, reading 16-bit weights takes the same time, and unpacking 4-bit weights takes longer."
     )
     return "\n".join([*lines, "", why])
 
 
 def own_table(found: dict) -> str:
     """What transformers has itself, beside the graphs."""
-    lines = ["| decoding | batch | " + " | ".join(f"{scheme} tok/s" for scheme in PAIR) + " |", "|---|--:|--:|--:|"]
+    lines = [
+        "| decoding | batch size | " + " | ".join(f"{scheme} tok/s" for scheme in PAIR) + " |",
+        "|---|--:|--:|--:|",
+    ]
     names = {"eager": "`generate`", "static": "`generate`, static cache", "continuous": "`generate_batch`, CUDA graphs"}
     names |= {"graph": 'engine="graph"', "compiled": 'engine="compiled"'}
     for name, called in names.items():

@@ -1,8 +1,8 @@
-"""A guard's verdicts a second: its own words beside one forward pass for P(unsafe), and what each step of the latter brings.
+"""A guard's verdicts per second: generated answers, and one forward pass for P(unsafe), with batches and with a cached prefix.
 
     python benchmarks/guard.py [--model smollm2-135m] [--scheme bf16] [--weights random] [--prompts 8] [--batch 8]
 
-NeMo Guard's prompt on the project's own messages. An embedded model is no guard: it writes until it may write no more.
+NeMo Guard's prompt on the project's own messages. The embedded model is not a guard: it always generates the maximum length.
 """
 
 import argparse
@@ -27,12 +27,12 @@ def main() -> None:
         lengths = [len(judge.ids(prompt)) for prompt in prompts]
         kept = len(judge.constant)
         ways = {
-            "its own words, one by one": lambda: judge.generate_verdicts(prompts),
-            f"its own words, {asked.batch} at once": lambda: judge.generate_verdicts(prompts, batch=asked.batch),
-            "P(unsafe), one by one": lambda: judge.score(prompts, batch=1, reuse=False),
-            f"P(unsafe), {asked.batch} at once": lambda: judge.score(prompts, batch=asked.batch, reuse=False),
-            "P(unsafe), one by one, prefix kept": lambda: judge.score(prompts, batch=1),
-            f"P(unsafe), {asked.batch} at once, prefix kept": lambda: judge.score(prompts, batch=asked.batch),
+            "generated answer, one at a time": lambda: judge.generate_verdicts(prompts),
+            f"generated answer, batch of {asked.batch}": lambda: judge.generate_verdicts(prompts, batch=asked.batch),
+            "P(unsafe), one at a time": lambda: judge.score(prompts, batch=1, reuse=False),
+            f"P(unsafe), batch of {asked.batch}": lambda: judge.score(prompts, batch=asked.batch, reuse=False),
+            "P(unsafe), one at a time, cached prefix": lambda: judge.score(prompts, batch=1),
+            f"P(unsafe), batch of {asked.batch}, cached prefix": lambda: judge.score(prompts, batch=asked.batch),
         }
         print(f"{asked.model} {asked.scheme} ({asked.weights}) on {lm.device}; {len(prompts)} prompts of", end=" ")
         print(f"{min(lengths)} to {max(lengths)} tokens, the first {kept} of them constant; 128 new tokens at most")
@@ -40,13 +40,13 @@ def main() -> None:
         first = None
         for name, way in ways.items():
             took = []
-            for _ in range(1 if name.startswith("its") else 3):
+            for _ in range(1 if name.startswith("generated") else 3):
                 began = time.perf_counter()
                 way()
                 took.append(time.perf_counter() - began)
             rate = len(prompts) / min(took)
             first = first or rate
-            print(f"{name:38} {rate:8.2f} prompts/s   {rate / first:6.1f} ×")
+            print(f"{name:39} {rate:8.2f} prompts/s   {rate / first:6.1f} ×")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How threads wait: a process alone on the machine, and beside three that keep its cores busy.
+"""How threads wait: a process alone on the machine, and next to three processes that keep its cores busy.
 
     python benchmarks/neighbour.py [--scheme bf16] [--rounds 3]
 
 Each figure is a process of its own that loads the embedded model and decodes 16 tokens a few times: the best of them, in seconds.
-The ways to wait take turns; the best round of each counts alone, the median beside others.
+The options take turns. Alone, the best round of each counts. Next to the others, the median counts.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import sys
 import time
 
 WAYS = {
-    "as OpenMP comes": {},
-    "as qwlib's processes": None,  # processes.environment
-    "asleep at once": {"OMP_WAIT_POLICY": "passive"},
+    "OpenMP default": {},
+    "qwlib's processes": None,  # processes.environment
+    "sleep at once": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 
@@ -71,7 +71,7 @@ def main() -> None:
             each.kill()
             each.wait()
     first = next(iter(WAYS))
-    print(f"{'':22} {'alone':>7} {'':>6} {'beside':>8}")
+    print(f"{'':22} {'alone':>7} {'':>6} {'busy':>8}")
     for name in WAYS:
         mine, other = min(alone[name]), statistics.median(beside[name])
         share, gain = mine / min(alone[first]), statistics.median(beside[first]) / other

@@ -1,7 +1,7 @@
-"""How alike are two ways to compute with the same 16-bit weights? transformers in bf16 and float32, llama.cpp's bf16 file.
+"""How much do computations with the same 16-bit weights differ? transformers in bf16 and float32, and llama.cpp's bf16 file.
 
-On four rows of 512 tokens: the share of positions where both like the same next word best, and how far the perplexities are
-apart. Needs the environment of `make backends`.
+On four rows of 512 tokens: top-1 agreement, the share of positions where both rank the same next token first, and how much the
+perplexities differ. Needs the environment of `make backends`.
 """
 
 import torch

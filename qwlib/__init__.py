@@ -31,7 +31,7 @@ MODULES = {
     name: room
     for room, names in {
         "machine": "clock devices memory processor",
-        "lessons": "exercises fourbit integers pictures",
+        "lessons": "exercises fourbit integers pictures predictions",
         "models": "artefacts catalog checkpoints embedded estimates hub texts",
         "running": "streaming",
         "backends": "environment",

@@ -7,23 +7,65 @@ white, so that a figure reads the same on a dark page.
 import io
 import itertools
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")
 INK = "#333333"
-# the same scheme or code book looks alike in every figure: colour by family, marker by name
-FAMILIES = {"bf16": 0, "16-bit": 0, "even": 0, "nf4": 1, "fp4": 2, "int8": 3, "8-bit": 3}
-MARKERS = {"nf4": "s", "nf4-dq": "D", "nf4-mixed": "v", "nf4-all": "p", "fp4": "^", "fp4-dq": "<", "int8": "X"}
+# the same scheme or code book looks alike in every figure: its family has a colour, and within the family it has a marker
+_FAMILIES = (
+    ("bf16", "16-bit", "even", "fp16", "fp32"),
+    ("nf4",),
+    ("fp4",),
+    ("int8", "8-bit"),
+    ("gguf",),
+    ("gptq", "awq", "autoround"),
+    ("onnx", "hqq", "torchao", "exl"),
+)
+_MARKERS = {
+    "fp16": "s",
+    "fp32": "D",
+    "nf4": "s",
+    "nf4-dq": "D",
+    "nf4-mixed": "v",
+    "nf4-all": "p",
+    "fp4": "^",
+    "fp4-dq": "<",
+    "int8": "X",
+    "gguf-bf16": "*",
+    "gguf-q8_0": "h",
+    "gguf-q6_k": ">",
+    "gguf-q5_k_m": "8",
+    "gguf-q4_k_m": "P",
+    "gguf-q4_1": "d",
+    "gguf-q4_0": "D",
+    "gguf-q3_k_m": "v",
+    "gguf-q2_k": "s",
+    "gptq-4bit": "s",
+    "awq-4bit": "^",
+    "autoround-4bit": "d",
+    "autoround-4bit-awq": "<",
+    "autoround-4bit-gguf": ">",
+    "onnx-int4": "s",
+    "hqq-4bit": "^",
+    "torchao-int8": "X",
+    "torchao-int4": "D",
+    "exl2-4bit": "v",
+    "exl3-4bit": "P",
+    "exl3-2bit": "p",
+}
 
 
 def looks(names) -> dict[str, dict]:
-    """Each name's `color` and `marker`, as matplotlib calls them; what is of no known family takes the colours that are left."""
+    """Each name's `color` and `marker`, as matplotlib calls them.
+
+    A name that starts with no known family takes one of the colours that the others leave.
+    """
     families = {
-        name: next((n for start, n in FAMILIES.items() if name.lower().startswith(start)), None) for name in names
+        name: next((n for n, starts in enumerate(_FAMILIES) if name.lower().startswith(starts)), None) for name in names
     }
     spare = itertools.cycle([n for n in range(len(COLOURS)) if n not in families.values()] or range(len(COLOURS)))
     return {
         name: {
             "color": COLOURS[next(spare) if number is None else number],
-            "marker": MARKERS.get(name.lower().partition(",")[0], "o"),
+            "marker": _MARKERS.get(name.lower().partition(",")[0], "o"),
         }
         for name, number in families.items()
     }

@@ -43,14 +43,15 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes 0.5
 _OUTERMOST = 0.9677083
 
 
-def normal_float() -> torch.Tensor:
+def normal_float(outermost: float = _OUTERMOST) -> torch.Tensor:
     """The 16 NF4 levels, derived: quantiles at even steps, 7 below zero, zero, 8 above, divided by the largest.
 
+    `outermost` is the share of weights below the last level, between 0.5 and 1; bitsandbytes' value gives NF4.
     Source: QLoRA, arXiv 2305.14314, section 3; the outermost quantile is bitsandbytes' (`create_normal_map`).
     """
 
     def quantiles(count):
-        probabilities = torch.linspace(_OUTERMOST, 0.5, count + 1)[:-1]
+        probabilities = torch.linspace(outermost, 0.5, count + 1)[:-1]
         return torch.special.ndtri(probabilities.double()).float()
 
     levels = torch.cat([-quantiles(7), torch.zeros(1), quantiles(8).flip(0)])
@@ -92,6 +93,19 @@ def nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     ascending, order = levels.sort(stable=True)
     middles = (ascending[:-1] + ascending[1:]) / 2
     return order[torch.bucketize(values, middles)]
+
+
+def rounded(tensor: torch.Tensor, levels: torch.Tensor, block_size: int = BLOCK) -> torch.Tensor:
+    """`tensor` (its size a multiple of `block_size`) with each weight at the nearest of any `levels` times its block's absmax.
+
+    Float32, in the shape of `tensor`. With the levels of `code_book` it is what `quantize_4bit` stores, read back.
+    """
+    flat = checked(tensor)
+    if len(flat) % block_size:
+        raise QwlibError(f"{len(flat)} weights are no multiple of block_size {block_size}: cut the tensor")
+    levels = torch.as_tensor(levels, dtype=torch.float32, device=flat.device)
+    absmax, scaled = _scaled(flat, block_size)
+    return (levels[nearest(scaled, levels)] * absmax.repeat_interleave(block_size)).reshape(tensor.shape)
 
 
 @dataclass(frozen=True)

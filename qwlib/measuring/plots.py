@@ -4,7 +4,6 @@ One palette (Okabe and Ito, 2008, distinguishable with every common colour blind
 the same on a dark page, units on every axis.
 """
 
-import itertools
 import math
 
 from ..figures import COLOURS, INK, axes, looks
@@ -22,7 +21,7 @@ def arrivals(series: dict[str, list[float]]):
 
 
 def gap_histogram(gaps: dict[str, list[float]]):
-    """Distribution of inter-token latencies; `gaps` maps a scheme to seconds. Dashed lines are medians."""
+    """Distribution of inter-token latencies; `gaps` maps a scheme to seconds. Dashed lines are medians, with their values."""
     import numpy
 
     figure, (ax,) = axes()
@@ -30,14 +29,16 @@ def gap_histogram(gaps: dict[str, list[float]]):
     lowest = min(min(values) for values in gaps.values())
     bins = numpy.linspace(1e3 * lowest * 0.95, 1e3 * highest * 1.05, 50)
     shown = looks(gaps)
-    for label, values in gaps.items():
-        colour = shown[label]["color"]
-        ms = 1e3 * numpy.asarray(values)
-        ax.hist(numpy.clip(ms, bins[0], bins[-1]), bins, alpha=0.65, color=colour, label=f"{label}, n = {len(ms)}")
+    for row, (label, values) in enumerate(gaps.items()):
+        colour, ms = shown[label]["color"], 1e3 * numpy.asarray(values)
+        ax.hist(numpy.clip(ms, bins[0], bins[-1]), bins, alpha=0.65, color=colour)
         ax.axvline(numpy.median(ms), color=colour, linestyle="--", linewidth=1.5)
+        name = f"{label}: median {numpy.median(ms):.1f} ms, n = {len(ms)}"
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+        ax.annotate(name, (numpy.median(ms), 1 - 0.09 * row), (4, -2), color=INK, fontsize=9, **place)
     ax.set_xlabel("inter-token latency (ms); the last bin holds everything slower")
     ax.set_ylabel("tokens")
-    ax.legend(frameon=False)
+    ax.margins(y=0.25)
     return figure
 
 
@@ -50,16 +51,28 @@ def batch_sweep(sweeps: dict[str, list[dict]]):
     shown = looks(sweeps)
     for label, speeds in sweeps.items():
         batches = [s["batch"] for s in speeds]
-        left.plot(batches, [s["batch"] / s["itl_s"]["p50"] for s in speeds], linestyle="-", **shown[label], label=label)
-        right.plot(batches, [1e3 * s["itl_s"]["p50"] for s in speeds], linestyle="-", **shown[label], label=label)
+        left.plot(batches, [s["batch"] / s["itl_s"]["p50"] for s in speeds], linestyle="-", **shown[label])
+        right.plot(batches, [1e3 * s["itl_s"]["p50"] for s in speeds], linestyle="-", **shown[label])
     for ax, unit in ((left, "all users: tokens/s at the median gap"), (right, "each user: median ITL (ms)")):
         ax.set_xscale("log", base=2)
         ax.set_xticks(batches, [str(b) for b in batches])
         ax.set_xlabel("batch size")
         ax.set_ylabel(unit)
         ax.set_ylim(bottom=0)
-    left.legend(frameon=False)
+        _name_ends(ax, list(sweeps))
     return figure
+
+
+def _name_ends(ax, names: list[str]) -> None:
+    """Each line's name to the right of its last point, in the order of the lines, at least a line of text apart."""
+    low, high = ax.get_ylim()
+    ends = sorted((line.get_ydata()[-1], name, line) for name, line in zip(names, ax.lines, strict=True))
+    place = -math.inf
+    for y, name, line in ends:
+        place = max(place + 0.07 * (high - low), y)
+        x = line.get_xdata()[-1]
+        style = {"textcoords": "offset points", "annotation_clip": False, "va": "center", "color": INK, "fontsize": 9}
+        ax.annotate(name, (x, place), (7, 0), **style)
 
 
 def memory_bars(rows: dict[str, dict[str, int]]):
@@ -70,10 +83,15 @@ def memory_bars(rows: dict[str, dict[str, int]]):
     state = [rows[k]["state_bytes"] / 1e9 for k in labels]
     ax.bar(labels, weights, color=COLOURS[0], width=0.5, label="weights")
     ax.bar(labels, state, bottom=weights, color=COLOURS[1], width=0.5, label="scales and code books")
-    for x, total in enumerate(w + s for w, s in zip(weights, state, strict=True)):
-        ax.annotate(f"{total:.3f}", (x, total), ha="center", va="bottom", color=INK)
+    for x, (w, s) in enumerate(zip(weights, state, strict=True)):
+        if s:
+            ax.annotate(f"{w:.3f}", (x, w / 2), ha="center", va="center", color="white")
+        above = f"scales {s:.3f}\n{w + s:.3f}" if s else f"{w:.3f}"
+        ax.annotate(
+            above, (x, w + s), (0, 2), textcoords="offset points", ha="center", va="bottom", color=INK, fontsize=9
+        )
     ax.set_ylabel("GB (10⁹ bytes)")
-    ax.margins(y=0.12)
+    ax.margins(y=0.2)
     ax.legend(frameon=False)
     return figure
 
@@ -81,7 +99,7 @@ def memory_bars(rows: dict[str, dict[str, int]]):
 def bars(rows: dict[str, float], unit: str):
     """One bar a scheme, its number beside it; `unit` is the axis' label."""
     figure, (ax,) = axes(height=0.9 + 0.32 * len(rows))
-    drawn = ax.barh(list(rows), list(rows.values()), color=COLOURS[0])
+    drawn = ax.barh(list(rows), list(rows.values()), color=[look["color"] for look in looks(rows).values()])
     ax.bar_label(drawn, fmt="%.1f", padding=4, color=INK)
     ax.invert_yaxis()
     ax.margins(x=0.1)
@@ -91,37 +109,37 @@ def bars(rows: dict[str, float], unit: str):
 
 
 def predicted_and_measured(rows: dict[str, tuple[float, float]], unit: str):
-    """Pairs of bars; `rows` maps a label to (prediction, measurement)."""
-    figure, (ax,) = axes(width=6.0)
-    for shift, index, name in ((-0.2, 0, "predicted limit"), (0.2, 1, "measured")):
-        values = [pair[index] for pair in rows.values()]
-        places = [x + shift for x in range(len(rows))]
-        ax.bar(places, values, width=0.38, color=COLOURS[index], label=name)
-        for x, value in zip(places, values, strict=True):
-            ax.annotate(f"{value:.3g}", (x, value), ha="center", va="bottom", color=INK)
-    ax.margins(y=0.1)
+    """Pairs of bars, an outline for the prediction and a full bar for the measurement; maps a label to the two."""
+    figure, (ax,) = axes(width=max(6.0, 1.3 * len(rows)))
+    colours = [look["color"] for look in looks(rows).values()]
+    for shift, index, name in ((-0.2, 0, "limit"), (0.2, 1, "measured")):
+        for x, (pair, colour) in enumerate(zip(rows.values(), colours, strict=True)):
+            ax.bar(x + shift, pair[index], width=0.38, facecolor=colour if index else "white", edgecolor=colour)
+            text = f"{name}\n{pair[index]:.3g}"
+            ax.annotate(text, (x + shift, pair[index]), ha="center", va="bottom", color=INK, fontsize=9)
+    ax.margins(y=0.18)
     ax.set_xticks(range(len(rows)), list(rows))
     ax.set_ylabel(unit)
-    ax.legend(frameon=False)
     return figure
 
 
 def pareto(rows: dict[str, tuple[float, float, float]], *, metric: str = "perplexity"):
     """What a byte buys: `rows` maps a scheme to (weights in GB, metric, its standard error); less is better on both axes.
 
-    The line joins the schemes that no other one beats on both.
+    A hollow marker means that another scheme takes no more bytes and is better by more than the error of the difference, both
+    errors taken as independent. Two measurements of the same tokens differ by less than that, so no scheme is called beaten
+    by chance.
     """
     figure, (ax,) = axes(width=7.5, height=4.0 + 0.06 * len(rows))
-    front = [name for name, (x, y, _) in rows.items() if not any(a <= x and b < y for a, b, _ in rows.values())]
-    front.sort(key=lambda name: rows[name][0])
-    ax.plot([rows[n][0] for n in front], [rows[n][1] for n in front], color=COLOURS[2], linewidth=1.5, zorder=1)
+    shown = looks(rows)
     for name, (x, y, error) in rows.items():
-        colour = COLOURS[2] if name in front else COLOURS[5]
-        ax.errorbar(x, y, yerr=1.96 * error, fmt="o", color=colour, capsize=3, zorder=2)
+        beaten = any(a <= x and y - b > 1.96 * math.hypot(error, e) for a, b, e in rows.values())
+        style = shown[name] | {"linestyle": "none", "markerfacecolor": "white" if beaten else shown[name]["color"]}
+        ax.errorbar(x, y, yerr=1.96 * error, capsize=3, markersize=7, **style)
     ax.margins(x=0.15)
     _label(ax, {name: (x, y) for name, (x, y, _) in rows.items()})
-    ax.set_xlabel("weights and scales (GB)")
-    ax.set_ylabel(f"{metric}, with its 95 % interval")
+    ax.set_xlabel("weights and scales (GB); hollow: another one is smaller and better, beyond the error")
+    ax.set_ylabel(f"{metric}\nwith its 95 % interval")
     return figure
 
 
@@ -157,41 +175,36 @@ def _overlap(one, other) -> bool:
 
 
 def degradation(rows: dict[str, dict[str, tuple[float, float]]], *, claim: float = 5.0):
-    """Perplexity over the 16-bit one, in per cent: `rows` maps a model to scheme → (increase, standard error).
+    """Perplexity over the 16-bit one, in per cent: `rows` maps a model to scheme → (increase, standard error), a panel each.
 
     Bars carry 95 % intervals; the dashed line is what is often promised.
     """
-    names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    figure, (ax,) = axes(width=max(6.0, 1.1 * len(names)))
-    width = 0.8 / len(rows)
-    for number, (colour, (model, values)) in enumerate(zip(itertools.cycle(COLOURS), rows.items(), strict=False)):
-        places = [names.index(name) + (number - (len(rows) - 1) / 2) * width for name in values]
+    widest = max(map(len, rows.values()))
+    figure, panels = axes(width=max(6.0, 1.1 * widest * len(rows)), columns=len(rows))
+    for ax, (model, values) in zip(panels, rows.items(), strict=True):
         heights, errors = [v for v, _ in values.values()], [1.96 * e for _, e in values.values()]
-        ax.bar(places, heights, width * 0.9, yerr=errors, color=colour, capsize=3, label=model, ecolor=INK)
-        for x, (value, error) in zip(places, values.values(), strict=True):
-            ax.annotate(f"{value:+.1f}", (x, value + 1.96 * error), (0, 3), textcoords="offset points", ha="center")
-    ax.axhline(claim, color=INK, linestyle="--", linewidth=1)
-    ax.annotate(
-        f"{claim:.0f} %",
-        (1, claim),
-        (4, -4),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        color=INK,
-    )
-    ax.set_xticks(range(len(names)), names)
-    ax.set_ylabel("perplexity over 16-bit (%)")
-    ax.margins(y=0.15)
-    ax.legend(frameon=False)
+        colours = [look["color"] for look in looks(values).values()]
+        ax.bar(list(values), heights, 0.7, yerr=errors, color=colours, capsize=3, ecolor=INK)
+        for x, (value, error) in enumerate(zip(heights, errors, strict=True)):
+            ax.annotate(f"{value:+.1f}", (x, value + error), (0, 3), textcoords="offset points", ha="center")
+        ax.axhline(claim, color=INK, linestyle="--", linewidth=1)
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "color": INK}
+        ax.annotate(f"{claim:.0f} %", (1, claim), (4, -4), **place)
+        ax.set_title(model, fontsize=10, color=INK)
+        ax.set_xlim(-0.6, max(len(values), 4) - 0.4)
+        ax.margins(y=0.15)
+    panels[0].set_ylabel("perplexity over 16-bit (%)")
     return figure
 
 
 def divergences(klds: dict[str, dict]):
     """Median, mean and 99th percentile of the divergence a token, with the noise floor; maps a scheme to a record's `kld`."""
     figure, (ax,) = axes(height=1.2 + 0.38 * len(klds))
-    for row, kld in enumerate(klds.values()):
-        ax.plot([kld["median"], kld["p99"]], [-row, -row], color=COLOURS[4], linewidth=5, solid_capstyle="butt")
-        ax.plot(kld["mean"], -row, "o", color=COLOURS[0])
+    shown = looks(name.split()[-1] for name in klds)
+    for row, (name, kld) in enumerate(klds.items()):
+        look = shown[name.split()[-1]]
+        ax.plot([kld["median"], kld["p99"]], [-row, -row], color="#bbbbbb", linewidth=5, solid_capstyle="butt")
+        ax.plot(kld["mean"], -row, **look)
         ax.annotate(
             f"{kld['mean']:.3g}", (kld["mean"], -row), (0, 6), textcoords="offset points", ha="center", fontsize=9
         )
@@ -208,7 +221,7 @@ def divergences(klds: dict[str, dict]):
     )
     ax.set_xscale("log")
     ax.set_yticks([-row for row in range(len(klds))], list(klds))
-    ax.set_xlabel("KL divergence from 16-bit, nats a token: dot = mean, bar = median to 99th percentile")
+    ax.set_xlabel("KL divergence from 16-bit (nats a token); marker: mean, bar: median to 99th percentile", fontsize=9)
     ax.margins(y=0.2)
     ax.grid(visible=False)
     return figure
@@ -217,13 +230,15 @@ def divergences(klds: dict[str, dict]):
 def intervals(rows: dict[str, dict[str, tuple[float, float]]], unit: str):
     """Perplexities with 95 % intervals, a group a label: `rows` maps a label to series → (value, standard error)."""
     figure, (ax,) = axes(height=1.2 + 0.45 * len(rows))
+    shown = looks(dict.fromkeys(name for values in rows.values() for name in values))
     for place, values in enumerate(rows.values()):
         for number, (name, (value, error)) in enumerate(values.items()):
             shift = (number - (len(values) - 1) / 2) * 0.25
-            factor = math.exp(1.96 * error / value)  # the interval of the mean loss, which is the logarithm
+            # the interval of the mean loss, which is the logarithm
+            factor = math.exp(1.96 * error / value)
             label = name if place == 0 else None
-            ax.plot([value / factor, value * factor], [-place - shift] * 2, color=COLOURS[number], linewidth=2)
-            ax.plot(value, -place - shift, "o", color=COLOURS[number], label=label)
+            ax.plot([value / factor, value * factor], [-place - shift] * 2, color=shown[name]["color"], linewidth=2)
+            ax.plot(value, -place - shift, linestyle="none", label=label, **shown[name])
     ax.set_yticks([-place for place in range(len(rows))], list(rows))
     ax.set_xscale("log")
     ax.set_xlabel(unit)

@@ -352,3 +352,14 @@ def test_other_types_are_refused():
     for dtype in (torch.int8, torch.float64, torch.complex64):
         with pytest.raises(QwlibError, match="float32, float16 or bfloat16"):
             fourbit.quantize_4bit(torch.zeros(64, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_rounding_to_any_levels_is_quantizing_with_those_of_a_code_book(kind):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 256)
+    expected = fourbit.dequantize_4bit(fourbit.quantize_4bit(weight, kind, block_size=128))
+    assert torch.equal(fourbit.rounded(weight, fourbit.code_book(kind), 128), expected)
+    assert not torch.equal(fourbit.rounded(weight, fourbit.normal_float(0.93), 128), expected)
+    with pytest.raises(QwlibError, match="2048 weights are no multiple of block_size 100"):
+        fourbit.rounded(weight, fourbit.code_book(kind), 100)

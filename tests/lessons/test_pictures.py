@@ -2,11 +2,13 @@
 
 import io
 import itertools
+import sys
+import types
 
 import pytest
 import torch
 
-from qwlib.lessons import fourbit, pictures
+from qwlib.lessons import fourbit, integers, pictures
 from qwlib.models import estimates
 
 
@@ -54,7 +56,7 @@ def test_usage_is_in_per_cent():
 def test_error_by_block_has_a_point_a_size():
     left, right = drawn(pictures.error_by_block({"x": [(32, 5.0, 0.1), (64, 4.5, 0.2)]}))
     assert left.lines[0].get_xydata().tolist() == [[32, 10], [64, 20]]
-    assert right.lines[0].get_xydata().tolist() == [[5, 10], [4.5, 20]]
+    assert right.lines[0].get_xydata().tolist() == [[1, 10], [0.5, 20]]
 
 
 def test_bars_are_as_long_as_the_bytes():
@@ -66,3 +68,43 @@ def test_bars_are_as_long_as_the_bytes():
         assert sum(widths) == pytest.approx(100 * sum(values.values()) / whole)
     for model in ("smollm2-135m", "gpt-neox-20b"):
         assert set(estimates.breakdown(model)) <= set(pictures._PARTS)
+
+
+def test_levels_stand_among_the_weights_with_their_error():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 100)
+    titles = []
+    for levels in (fourbit.normal_float(), fourbit.float4().sort().values):
+        (ax,) = drawn(pictures.levels_on_histogram(weight, levels, 128))
+        assert [segment[0][0] for segment in ax.collections[0].get_segments()] == pytest.approx(levels.tolist())
+        titles.append(ax.get_title())
+    error = integers.errors(weight, fourbit.dequantize_4bit(fourbit.quantize_4bit(weight, block_size=128)))["relative"]
+    assert titles[0] == f"blocks of 128: relative error {100 * error:.2f} %, 4.25 bits a weight"
+    assert titles[1] != titles[0]
+
+
+class TestSlider:
+    @pytest.fixture
+    def shown(self, monkeypatch):
+        """What is displayed, in order, and what takes its place."""
+        said = []
+
+        def display(each, display_id=None):
+            said.append(each)
+            return types.SimpleNamespace(update=lambda new: said.append(("update", new)))
+
+        monkeypatch.setattr("IPython.display.display", display)
+        return said
+
+    def test_moving_it_draws_the_figure_again(self, shown):
+        pictures.slider(lambda size: f"figure of {size}", (32, 64, 128), 64, "block size")
+        figure, knob = shown
+        assert figure == "figure of 64"
+        assert (knob.options, knob.value, knob.description) == ((32, 64, 128), 64, "block size")
+        knob.value = 128
+        assert shown[2:] == [("update", "figure of 128")]
+
+    def test_without_ipywidgets_the_figure_stays(self, shown, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+        pictures.slider(lambda size: f"figure of {size}", (32, 64), 64, "block size")
+        assert shown == ["figure of 64"]
