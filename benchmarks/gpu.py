@@ -23,7 +23,8 @@ from qwlib.running import streaming
 SCHEMES = ["bf16", "nf4-dq", "nf4", "nf4-mixed", "nf4-all", "fp4", "fp4-dq", "int8", "fp16", "fp32"]
 COMPILED = ["bf16", "nf4-dq", "nf4-mixed", "nf4-all"]  # compiling takes half a minute each
 PAIR = ["bf16", "nf4-dq"]  # in batches, too, and by what transformers has itself
-BATCHES = [1, 4, 16, 64]
+BATCHES = [1, 4, 8, 16, 64]
+KERNEL = "qwlib"  # that multiplies in one more row, of the second of the pair
 LARGE = ("gpt-neox-20b", ["nf4", "nf4-dq"])
 FRONT = ["bf16", "int8", "nf4", "nf4-dq", "nf4-all"]  # of the first model, in the README
 PICTURE = Path(__file__).parents[1] / "docs" / "front.svg"
@@ -126,23 +127,25 @@ def products(lm) -> list[dict]:
     return found
 
 
-def of_scheme(model: str, weights: str, scheme: str, asked) -> dict:
+def of_scheme(model: str, weights: str, scheme: str, kernel: str | None, asked) -> dict:
     """Everything about one scheme."""
-    row = {"model": model, "weights": weights, "scheme": scheme, "speed": []}
-    with qwlib.load(model, scheme, weights=weights) as lm:
+    row = (
+        {"model": model, "weights": weights, "scheme": scheme} | ({"kernel": kernel} if kernel else {}) | {"speed": []}
+    )
+    with qwlib.load(model, scheme, weights=weights, kernel=kernel) as lm:
         bandwidth = clock.copy_bandwidth(lm.device)
         row |= {"memory": dict(lm.memory), "load_s": lm.load_s, "copy_bytes_per_s": bandwidth}
         row["read_bytes"] = lm.engine.read_bytes()
         both = scheme in PAIR and not asked.fast and model == asked.model
         jobs = [("eager", 1), *(("graph", batch) for batch in (BATCHES if both else BATCHES[:1]))]
         jobs += [("compiled", 1)] * (scheme in COMPILED and not asked.fast and model == asked.model)
-        jobs += [("static", 1), ("continuous", 1), ("continuous", 16)] * both
+        jobs += [("static", 1), ("continuous", 1), ("continuous", 16)] * (both and not kernel)
         for name, batch in jobs:
             if not asked.engine or name in asked.engine:
                 shape = {"batch": batch, "prompt_tokens": asked.prompt_tokens, "new_tokens": asked.new_tokens}
                 row["speed"].append({"name": name, "batch": batch} | by_engine(lm, name, bandwidth, shape))
                 print(scheme, name, summary(row["speed"][-1]), flush=True)
-        lm.use()
+        row["why"] = lm.use().engine.why
         if model == asked.model:
             long = timing.time_requests(lm, prompt_tokens=asked.long, new_tokens=2, runs=7)
             row["long_prompt"] = {"tokens": asked.long} | timing.summary([line.ttft_s for line in long[2:]])
@@ -181,7 +184,8 @@ def summary(speed: dict) -> str:
 
 def tables(found: dict) -> str:
     """Markdown: one row per scheme at batch size 1, then batch sizes, then what transformers offers itself."""
-    return "\n\n".join((front_table(found), schemes_table(found), batches_table(found), own_table(found)))
+    each = (front_table, schemes_table, batches_table, own_table, kernel_table)
+    return "\n\n".join(table(found) for table in each)
 
 
 def held_bytes(row: dict) -> int:
@@ -196,7 +200,7 @@ def alone(row: dict) -> dict[str, dict]:
 def front_rows(found: dict) -> list[dict]:
     first = found["rows"][0]["model"]
     return sorted(
-        (row for row in found["rows"] if row["model"] == first and row["scheme"] in FRONT),
+        (row for row in found["rows"] if row["model"] == first and row["scheme"] in FRONT and "kernel" not in row),
         key=lambda row: FRONT.index(row["scheme"]),
     )
 
@@ -261,6 +265,7 @@ def schemes_table(found: dict) -> str:
         first = alone(row)
         best = first.get("compiled") or first.get("graph") or first["eager"]
         called = row["scheme"] if row["model"] == found["rows"][0]["model"] else f"{row['model']}, {row['scheme']}"
+        called += f", {row['kernel']}'s kernel" if "kernel" in row else ""
         cells = [
             called,
             f"{held_bytes(row) / 1e9:.2f}",
@@ -278,7 +283,8 @@ def schemes_table(found: dict) -> str:
 
 def pair(found: dict) -> list[dict]:
     """The rows of `PAIR`, where both are there."""
-    rows = {row["scheme"]: row for row in found["rows"] if row["model"] == found["rows"][0]["model"]}
+    first = [row for row in found["rows"] if row["model"] == found["rows"][0]["model"] and "kernel" not in row]
+    rows = {row["scheme"]: row for row in first}
     return [rows[scheme] for scheme in PAIR] if set(PAIR) <= set(rows) else []
 
 
@@ -308,6 +314,26 @@ def batches_table(found: dict) -> str:
         f"times as\nlong. With more rows, reading 16-bit weights takes the same time, and unpacking 4-bit weights takes longer."
     )
     return "\n".join([*lines, "", why])
+
+
+def kernel_table(found: dict) -> str:
+    """By batch size: 16 bits, 4 bits by bitsandbytes' kernels and by qwlib's, and what one layer takes."""
+    lines = [
+        "| batch size | bf16 (tokens/s) | nf4-dq | by qwlib's kernel | over bf16 | one layer (µs): bf16 | nf4-dq | qwlib's |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    rows = [*pair(found), *(row for row in found["rows"] if row.get("kernel") == KERNEL)]
+    for batch in BATCHES if len(rows) == 3 else []:
+        speeds = [s["decode_tok_s"] for r in rows for s in r["speed"] if (s["name"], s["batch"]) == ("graph", batch)]
+        taken = [p["us"] for row in rows for p in row["products"] if p["rows"] == batch]
+        cells = [
+            str(batch),
+            *(f"{s:.0f}" for s in speeds),
+            f"{speeds[2] / speeds[0]:.2f} ×",
+            *(f"{us:.1f}" for us in taken),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def own_table(found: dict) -> str:
@@ -355,12 +381,15 @@ def main() -> None:
     found = {"date": f"{datetime.date.today()}", "env": about.environment(), "rows": []}
     if asked.resume and asked.out.is_file():
         found = json.loads(asked.out.read_text())
-    done = {(row["model"], row["scheme"]) for row in found["rows"]}
-    jobs = [(asked.model, scheme) for scheme in asked.scheme or SCHEMES]
-    jobs += [] if asked.scheme or asked.fast else [(LARGE[0], scheme) for scheme in LARGE[1]]
-    for model, scheme in jobs:
-        if (model, scheme) not in done:
-            found["rows"].append(of_scheme(model, asked.weights, scheme, asked))
+    done = {(row["model"], row["scheme"], row.get("kernel")) for row in found["rows"]}
+    jobs = [(asked.model, scheme, None) for scheme in asked.scheme or SCHEMES]
+    if not asked.scheme and not asked.fast:
+        jobs.insert(2, (asked.model, PAIR[1], KERNEL))
+        jobs += [(LARGE[0], scheme, None) for scheme in LARGE[1]]
+    for job in jobs:
+        if job not in done:
+            model, scheme, kernel = job
+            found["rows"].append(of_scheme(model, asked.weights, scheme, kernel, asked))
             files.write_text(asked.out, json.dumps(found, indent=1) + "\n")
     print(tables(found))
 

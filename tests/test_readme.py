@@ -110,8 +110,23 @@ def test_its_sentence_on_speed_is_what_the_results_say(gpu, h100):
     for ratio, engine in zip(told.groups(), ("graph", "compiled"), strict=True):
         assert f"{speed['nf4-dq', engine, 1] / speed['bf16', engine, 1]:.2f}" == ratio
     rows = int(re.search(r"From batch size (\d+) on it is slower", README)[1])
-    slower = [b for b in gpu.BATCHES if speed["nf4-dq", "graph", b] < speed["bf16", "graph", b]]
-    assert slower == [b for b in gpu.BATCHES if b >= rows]
+    batches = [b for b in gpu.BATCHES if ("bf16", "graph", b) in speed]
+    assert [b for b in batches if speed["nf4-dq", "graph", b] < speed["bf16", "graph", b]] == [
+        b for b in batches if b >= rows
+    ]
+    assert len(batches) > 3
+
+
+def test_what_the_kernel_brings_is_printed_from_its_own_results(gpu):
+    found = json.loads((ROOT / "results" / "h100-kernel.json").read_text(encoding="utf-8"))
+    assert gpu.kernel_table(found) in MEASURED
+    (row,) = (row for row in found["rows"] if row.get("kernel") == gpu.KERNEL)
+    speed = {(s["name"], s["batch"]): s["decode_tok_s"] for s in row["speed"]}
+    full = {(s["name"], s["batch"]): s["decode_tok_s"] for s in gpu.pair(found)[0]["speed"]}
+    told = re.search(r"is ([\d.]+) times as fast as bf16 at batch size 1, and\s+([\d.]+) times at 16", README)
+    assert told.groups() == tuple(f"{speed['graph', b] / full['graph', b]:.2f}" for b in (1, 16))
+    row["speed"][1]["decode_tok_s"] += 1
+    assert gpu.kernel_table(found) not in MEASURED
 
 
 def test_the_goals_that_were_set_for_a_gpu_were_measured(h100):

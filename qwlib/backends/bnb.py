@@ -19,6 +19,7 @@ from torch import nn
 
 from .. import schemes
 from ..errors import QwlibError
+from ..kernels import linear4bit
 from ..machine import arithmetic, processor
 from ..models import estimates
 from . import bnb_ends, hf
@@ -43,6 +44,7 @@ def fill(lm, source: str) -> None:
     if not lm.saved:
         as_planned(lm, shapes)
     hf.finish(lm)
+    lm.engine.kernel = choose_kernel(lm.model, lm.dtype, lm.kernel)
     if lm.arithmetic == torch.float32:
         multiply_in_float32(lm.model)
 
@@ -83,19 +85,48 @@ def config(fmt: str, dtype, keep: list[str]):
 
 
 def multiply(x, weight, bias=None):
-    """x (… × columns) times a `Params4bit` (rows × columns) on a GPU, all in x's type: the one place for another kernel.
+    """x (… × columns) times a `Params4bit` (rows × columns) on a GPU, all in x's type, by bitsandbytes.
 
-    bitsandbytes' has its own product for few rows of x, and dequantizes the weight first for more.
+    It has a kernel of its own for few rows of x, and dequantizes the weight first for more.
     """
     return bnb.matmul_4bit(x, weight, bias=bias, quant_state=weight.quant_state)
 
 
 class GpuLinear4bit(bnb.nn.Linear4bit):
-    """A 4-bit linear layer on a GPU, multiplied by `multiply`."""
+    """A 4-bit linear layer on a GPU: few rows by `kernels.linear4bit` if `own`, and the others by `multiply`."""
+
+    own = None  # the code book for that kernel (`linear4bit.code_book`), where it can multiply this layer
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        few = x.numel() <= linear4bit.ROWS * self.in_features
+        trains = torch.is_grad_enabled() and x.requires_grad
+        if self.own and few and not trains:
+            return linear4bit.multiply(x.to(self.compute_dtype), self.weight, bias, self.own).to(x.dtype)
         return multiply(x.to(self.compute_dtype), self.weight, bias).to(x.dtype)
+
+
+def choose_kernel(model, dtype, kernel: str | None = None) -> str:
+    """Let the 4-bit layers of `model` on a GPU multiply few rows by qwlib's own kernel if `kernel` is "qwlib".
+
+    What multiplies comes back, with the reason where the kernel can't; empty where nothing was asked for.
+
+    Raises QwlibError where no layer can take it.
+    """
+    if kernel != "qwlib":
+        return ""
+    reasons = {}
+    layers = [module for module in model.modules() if isinstance(module, GpuLinear4bit)]
+    for module in layers:
+        why = linear4bit.obstacle(module.weight, dtype)
+        module.own = None if why else linear4bit.code_book(module.weight, dtype)
+        if why:
+            reasons[why] = reasons.get(why, 0) + 1
+    if not any(module.own for module in layers):
+        why = next(iter(reasons), None) or linear4bit.compiling.obstacle() or "the model has no 4-bit layers on a GPU"
+        raise QwlibError(f"{why}: load without kernel='qwlib'")
+    told = "".join(f", {count} layers by bitsandbytes ({why})" for why, count in reasons.items())
+    return f"up to {linear4bit.ROWS} rows of 4-bit layers by qwlib's kernel{told}"
 
 
 class AnyShapeLinear4bit(bnb.nn.Linear4bit):

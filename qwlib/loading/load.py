@@ -30,6 +30,7 @@ def load(
     weights: str = "trained",
     device: str | None = None,
     engine: str | None = None,
+    kernel: str | None = None,
 ) -> Iterator[Lm]:
     """Load `model` (catalog name, Hub id or folder) under `scheme` and yield an `Lm`; leaving gives the memory back.
 
@@ -38,6 +39,7 @@ def load(
 
     `weights="random"` builds the model's exact shape with random values and no download: true bytes and times, no quality.
     What has to be downloaded or unpacked first is not part of `load_s`. `engine` is what decodes, see `Lm.use`.
+    `kernel="qwlib"` multiplies up to 16 rows of 4-bit layers by a kernel of our own on a GPU; else bitsandbytes' kernels do all.
 
     Raises QwlibError in one line: unknown model or scheme, package missing, gated without a token, not enough memory.
     """
@@ -45,6 +47,8 @@ def load(
         raise QwlibError(f"weights must be 'trained' or 'random', not {weights!r}")
     with processes.importing():
         import transformers.modeling_utils  # noqa: F401 what everything below needs, torch among it
+    if kernel not in (None, "qwlib"):
+        raise QwlibError(f"kernel must be 'qwlib' or left out, not {kernel!r}")
     row = catalog.find(model)
     here = weights == "trained" and row.source is not None and Path(row.source).is_dir()
     manifest = checkpoints.verified(row) if here else None
@@ -63,12 +67,16 @@ def load(
             f"{scheme.name} is read from files: `python -m qwlib quantize --scheme {scheme.name}` writes them, load that folder"
         )
     backend = BACKENDS[scheme.backend]
+    if kernel and backend.name != "bitsandbytes":
+        raise QwlibError(f"kernel={kernel!r} is for 4-bit schemes of bitsandbytes, not for {scheme.name}: leave it out")
     ready, why = backend.available()
     if not ready:
         raise QwlibError(f"scheme {scheme.name} {why}")
     where, where_reason = devices.pick_device(device or backend.device)
     if backend.device and not device:
         where_reason = f"{backend.name} runs on {'a GPU' if backend.device == 'cuda' else 'the CPU'} here"
+    if kernel and where.type != "cuda":
+        raise QwlibError(f"kernel={kernel!r} needs a GPU: leave it out")
     if scheme.made_on == "cuda" and not scheme.maker and where.type != "cuda":
         raise QwlibError(f"{scheme.name} needs a GPU: choose another scheme (`python -m qwlib schemes`)")
     dtype, dtype_reason = devices.pick_dtype(scheme, where)
@@ -78,7 +86,9 @@ def load(
         manifest = artefacts.verify(source)
     if random_weights.is_random(row):
         weights = "random"
-    lm = Lm(row, scheme, weights, where, where_reason, dtype, dtype_reason, saved=saved, manifest=manifest)
+    lm = Lm(
+        row, scheme, weights, where, where_reason, dtype, dtype_reason, saved=saved, manifest=manifest, kernel=kernel
+    )
     failed = True
     try:
         _fill_metered(lm, source)

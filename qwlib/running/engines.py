@@ -48,6 +48,7 @@ class Transformers:
     decoder: Any = None
     must: bool = False
     reason: str = ""  # for what decodes
+    kernel: str = ""  # what multiplies quantized layers, with the reason
     _manner: causal.Manner | None = None
 
     @property
@@ -63,7 +64,7 @@ class Transformers:
     @property
     def why(self) -> str:
         """Why it decodes as it does, and why it reads rows one by one, if it was seen to have to."""
-        return "; ".join(filter(None, (self.reason, self._manner.why if self._manner else "")))
+        return "; ".join(filter(None, (self.reason, self.kernel, self._manner.why if self._manner else "")))
 
     @property
     def name(self) -> str:

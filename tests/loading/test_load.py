@@ -1,5 +1,6 @@
 import gc
 import os
+import re
 import warnings
 
 import pytest
@@ -397,3 +398,19 @@ run("assert _ == 42")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel", "why"),
+    [
+        ("nf4", "mine", "kernel must be 'qwlib' or left out, not 'mine'"),
+        ("bf16", "qwlib", "kernel='qwlib' is for 4-bit schemes of bitsandbytes, not for bf16: leave it out"),
+        ("nf4", "qwlib", "kernel='qwlib' needs a GPU: leave it out"),
+    ],
+)
+def test_a_kernel_that_can_t_be_had_is_refused_before_anything_is_read(scheme, kernel, why, tiny_folder):
+    with (
+        pytest.raises(QwlibError, match=re.escape(why)),
+        qwlib.load(tiny_folder("llama"), scheme, device="cpu", kernel=kernel),
+    ):
+        pytest.fail("it was loaded")

@@ -1,0 +1,219 @@
+"""The 4-bit kernel against float64, beside bitsandbytes' own; and when it is not taken. Most of this needs a GPU."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from qwlib import QwlibError
+from qwlib.kernels import compiling, linear4bit
+from qwlib.lessons import fourbit
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TYPES = (torch.bfloat16, torch.float16)
+SHAPES = ((4096, 4096), (1024, 4096), (4096, 14336), (1000, 576), (17, 64), (33, 192), (16, 256), (1, 320))
+
+
+def stored(shape, *, kind="nf4", nested=True, block_size=64, dtype=torch.bfloat16, seed=0):
+    """A `Params4bit` of normal noise, as bitsandbytes stores it on the GPU."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(seed)
+    weight = torch.randn(shape, dtype=dtype, device="cuda") / shape[1] ** 0.5
+    options = {"quant_type": kind, "compress_statistics": nested, "blocksize": block_size}
+    return bnb.nn.Params4bit(weight, requires_grad=False, **options).to("cuda")
+
+
+def dense(weight):
+    """The weights in float64 by the definition: level × scale, with no rounding to 16 bits."""
+    import bitsandbytes as bnb
+
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(weight.data, state).double().reshape(state.shape)
+
+
+def exact(x, weight, bias=None):
+    return torch.nn.functional.linear(x.double(), dense(weight), None if bias is None else bias.double())
+
+
+def error(got, wanted) -> float:
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+@gpu
+class TestOnAGpu:
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("dtype", TYPES, ids=str)
+    @pytest.mark.parametrize("nested", [True, False])
+    def test_it_is_at_least_as_exact_as_bitsandbytes(self, shape, dtype, nested):
+        import bitsandbytes as bnb
+
+        for kind, block_size in (("nf4", 64), ("fp4", 64), ("nf4", 128), ("nf4", 4096)):
+            weight = stored(shape, kind=kind, nested=nested, block_size=block_size, dtype=dtype)
+            assert linear4bit.obstacle(weight, dtype) is None
+            for rows in (1, 2, 7, 8, 9, 16):
+                x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
+                wanted = exact(x, weight)
+                theirs = error(bnb.matmul_4bit(x, weight, quant_state=weight.quant_state), wanted)
+                ours = error(linear4bit.multiply(x, weight), wanted)
+                # few numbers that happen to be small decide nothing
+                if wanted.numel() >= 256:
+                    assert ours <= 1.02 * theirs, (kind, block_size, rows, ours, theirs)
+                size = (x.double().square() @ dense(weight).square().T).sqrt().norm()
+                assert (linear4bit.multiply(x, weight).double() - wanted).norm() <= 3 * torch.finfo(dtype).eps * size
+
+    def test_a_scale_of_another_block_would_be_seen(self):
+        weight = stored((64, 512))
+        x = torch.randn(4, 512, dtype=torch.bfloat16, device="cuda")
+        wanted = exact(x, weight)
+        assert error(linear4bit.multiply(x, weight), wanted) < 0.01
+        weight.quant_state.absmax[5] ^= 64
+        assert error(linear4bit.multiply(x, weight), wanted) > 0.01
+
+    @pytest.mark.parametrize("dtype", TYPES, ids=str)
+    def test_shapes_and_bias(self, dtype):
+        weight, bias = stored((40, 128), dtype=dtype), torch.randn(40, dtype=dtype, device="cuda")
+        x = torch.randn(2, 3, 128, dtype=dtype, device="cuda")
+        got = linear4bit.multiply(x, weight, bias)
+        assert got.shape == (2, 3, 40)
+        assert got.dtype == dtype
+        assert error(got, exact(x, weight, bias)) < 0.01
+        assert error(linear4bit.multiply(x, weight), exact(x, weight, bias)) > 0.1
+        assert linear4bit.multiply(x[:0], weight).shape == (0, 3, 40)
+        every_second = torch.randn(4, 256, dtype=dtype, device="cuda")[:, ::2]
+        assert error(linear4bit.multiply(every_second, weight), exact(every_second, weight)) < 0.01
+        with pytest.raises(QwlibError, match="16 rows at most, not 17"):
+            linear4bit.multiply(torch.zeros(17, 128, dtype=dtype, device="cuda"), weight)
+
+    def test_a_row_does_not_depend_on_the_others(self):
+        weight = stored((4096, 4096))
+        x = torch.randn(16, 4096, dtype=torch.bfloat16, device="cuda")
+        whole = linear4bit.multiply(x, weight)
+        for rows in (1, 3, 8, 12):
+            assert torch.equal(linear4bit.multiply(x[:rows], weight), whole[:rows])
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_what_is_no_number_stays_in_its_row(self, bad):
+        weight = stored((96, 576))
+        x = torch.randn(9, 576, dtype=torch.bfloat16, device="cuda")
+        clean = linear4bit.multiply(x, weight)
+        x[4, 100] = bad
+        got = linear4bit.multiply(x, weight)
+        assert not got[4].isfinite().any()
+        rest = [row for row in range(9) if row != 4]
+        assert torch.equal(got[rest], clean[rest])
+
+    def test_ten_thousand_launches_give_one_result(self):
+        weights = [
+            stored(shape, nested=nested)
+            for shape, nested in itertools.product(((1000, 576), (4096, 4096)), (True, False))
+        ]
+        inputs = [
+            torch.randn(rows, w.quant_state.shape[1], dtype=torch.bfloat16, device="cuda")
+            for w in weights
+            for rows in (1, 16)
+        ]
+        pairs = list(zip(inputs, [w for w in weights for _ in range(2)], strict=True))
+        wanted = [linear4bit.multiply(x, w) for x, w in pairs]
+        wrong = torch.zeros((), device="cuda", dtype=torch.long)
+        for _ in range(10_000 // len(pairs)):
+            for (x, w), expected in zip(pairs, wanted, strict=True):
+                torch.full_like(expected, float("nan"))  # the memory that the result takes next
+                wrong += (linear4bit.multiply(x, w) != expected).any()
+        assert not wrong
+
+    def test_graphs_and_compiling_take_it(self):
+        weight = stored((1024, 4096))
+        x = torch.randn(2, 4096, dtype=torch.bfloat16, device="cuda")
+        wanted = linear4bit.multiply(x, weight)
+        book = linear4bit.code_book(weight, x.dtype)
+        compiled = torch.compile(lambda x: linear4bit.multiply(x, weight, None, book) + 1, fullgraph=True)
+        assert torch.equal(compiled(x), wanted + 1)
+        graph, out = torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(graph):
+            out = linear4bit.multiply(x, weight, None, book)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, linear4bit.multiply(x, weight))
+        assert not torch.equal(out, wanted)
+        state = weight.quant_state
+        nested = state.state2.code, state.state2.absmax, state.offset
+        torch.library.opcheck(
+            torch.ops.qwlib.linear4bit.default,
+            (x, weight.data, state.absmax, *book, *nested, None, 1024, 64),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+    def test_a_second_process_finds_it_on_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("QWLIB_CACHE", str(tmp_path))
+        source = 'extern "C" __global__ void twice(int* x) { *x = 2 * *x + ADD; }'
+        settings = {
+            "threads": 1,
+            "shared_bytes": 0,
+            "capability": "".join(map(str, torch.cuda.get_device_capability())),
+            "pdl": False,
+        }
+        x = torch.tensor([20], dtype=torch.int32, device="cuda")
+        for add in (2, 2, 3):
+            compiling.build(source, "twice", {"ADD": add}, **settings).launch(1, [x], [])
+        assert x.item() == 2 * (2 * (2 * 20 + 2) + 2) + 3
+        assert len(list(tmp_path.rglob("*.cubin"))) == 2
+        with pytest.raises(QwlibError, match="the kernel twice can't be had"):
+            compiling.build(source, "twice", {}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "dtype", "why"),
+    [
+        ((16, 64), 64, torch.bfloat16, None),
+        ((5, 192), 4096, torch.float16, None),
+        ((16, 96), 64, torch.bfloat16, "columns in multiples of 64, not 96"),
+        ((16, 64), 32, torch.bfloat16, "blocks of 64 or more, not 32"),
+        ((16, 64), 64, torch.float32, "computes in 16 bits, not in float32"),
+    ],
+)
+def test_what_it_can_t_multiply_has_a_reason(shape, block_size, dtype, why):
+    assert (linear4bit.shape_obstacle(shape, block_size, dtype) or "").endswith(why or "")
+    assert (linear4bit.shape_obstacle(shape, block_size, dtype) is None) == (why is None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_is_that():
+    assert compiling.obstacle() == "PyTorch sees no CUDA device"
+
+
+@pytest.mark.parametrize(
+    "room", [232_448, 166_912, 101_376]
+)  # H100, A100, RTX 4090: CUDA C++ Programming Guide, table 27
+@pytest.mark.parametrize("wide", [1, 8, 16])
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_ring_fits_into_shared_memory(room, wide, nested):
+    warps, stages, shared_bytes = linear4bit.ring(room, wide, nested)
+    assert shared_bytes <= room
+    assert stages >= 2
+    assert warps in (8, 16)
+
+
+def test_a_gpu_with_too_little_shared_memory_is_told():
+    with pytest.raises(QwlibError, match="bytes of shared memory, and this GPU has 49152"):
+        linear4bit.ring(49_152, 1, True)
+
+
+def test_it_can_be_traced_without_a_gpu():
+    x, packed = torch.empty(2, 3, 128, device="meta", dtype=torch.bfloat16), torch.empty(20 * 64, 1, device="meta")
+    scales = torch.empty(40, device="meta")
+    out = linear4bit.linear4bit(x, packed, scales, scales, 1.0, None, None, None, None, 20, 64)
+    assert (out.shape, out.dtype) == ((2, 3, 20), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_levels_are_rounded_at_a_good_place(dtype):
+    """FP4's levels are multiples of 1/24, so there is a number for which nothing is lost; NF4's lose about half."""
+    for kind, most in (("nf4", 0.7), ("fp4", 0.0)):
+        levels = fourbit.code_book(kind)
+        gain = linear4bit.rounded_well(levels.tolist(), dtype)
+        plain, well = (((levels * g).to(dtype).double() / g - levels).norm().item() for g in (1.0, gain))
+        assert 1 <= gain < 2
+        assert well <= most * plain + 1e-7
