@@ -12,6 +12,7 @@ from qwlib.machine import clock
 
 LAYERS = 32
 SHAPES = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+JOINED = [(0, 1, 2), (3,), (4, 5), (6,)]
 ROWS = (1, 4, 8, 16)
 
 
@@ -51,28 +52,44 @@ def main() -> None:
         w.nbytes + w.quant_state.absmax.nbytes + w.quant_state.state2.absmax.nbytes for each in stored for w in each
     )
     print(f"4-bit weights {size / 1e9:.2f} GB: {1e3 * size / bandwidth:.2f} ms at that bandwidth")
-    book = linear4bit.code_book(stored[0][0], torch.bfloat16)
-    print("rows   bf16 ms   bitsandbytes ms   qwlib ms (slowest)   over bf16   over bitsandbytes")
+    gain = linear4bit.gain_of(stored[0][0], torch.bfloat16)
+    print("rows   bf16 ms   bitsandbytes ms   qwlib ms   joined ms (slowest)   over bf16   over bitsandbytes")
     for rows in ROWS:
         inputs = {k: torch.randn(rows, k, dtype=torch.bfloat16, device="cuda") for k in (4096, 14336)}
-        each = {
-            "bf16": lambda x=inputs: [torch.nn.functional.linear(x[w.shape[1]], w) for layer in dense for w in layer],
-            "bnb": lambda x=inputs: [
-                bnb.matmul_4bit(x[w.quant_state.shape[1]], w, quant_state=w.quant_state)
-                for layer in stored
-                for w in layer
-            ],
-            "own": lambda x=inputs: [
-                linear4bit.multiply(x[w.quant_state.shape[1]], w, None, book) for layer in stored for w in layer
-            ],
-        }
         with torch.inference_mode():
-            times = {name: milliseconds(step) for name, step in each.items()}
+            times = {name: milliseconds(step) for name, step in each_way(dense, stored, inputs, gain).items()}
         middle = {name: found[len(found) // 2] for name, found in times.items()}
         print(
-            f"{rows:4} {middle['bf16']:9.2f} {middle['bnb']:17.2f} {middle['own']:10.2f} ({times['own'][-1]:.2f})"
-            f" {middle['bf16'] / middle['own']:15.2f} × {middle['bnb'] / middle['own']:15.2f} ×"
+            f"{rows:4} {middle['bf16']:9.2f} {middle['bitsandbytes']:17.2f} {middle['qwlib']:10.2f} {middle['joined']:11.2f} "
+            f"({times['joined'][-1]:.2f}) {middle['bf16'] / middle['joined']:15.2f} × "
+            f"{middle['bitsandbytes'] / middle['joined']:17.2f} ×",
+            flush=True,
         )
+
+
+def each_way(dense, stored, inputs, gain) -> dict:
+    """Calls that multiply by all weights. `joined`: those of `JOINED` in one launch each."""
+
+    def size(weight) -> int:
+        return weight.quant_state.shape[1]
+
+    def by_bitsandbytes() -> None:
+        for weight in (w for layer in stored for w in layer):
+            bnb.matmul_4bit(inputs[size(weight)], weight, quant_state=weight.quant_state)
+
+    def by_qwlib(groups) -> None:
+        for layer in stored:
+            for group in groups:
+                linear4bit.multiply(inputs[size(layer[group[0]])], [layer[place] for place in group], gain)
+
+    import bitsandbytes as bnb
+
+    return {
+        "bf16": lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for layer in dense for w in layer],
+        "bitsandbytes": by_bitsandbytes,
+        "qwlib": lambda: by_qwlib([[place] for place in range(len(SHAPES))]),
+        "joined": lambda: by_qwlib(JOINED),
+    }
 
 
 if __name__ == "__main__":

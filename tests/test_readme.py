@@ -120,7 +120,7 @@ def test_its_sentence_on_speed_is_what_the_results_say(gpu, h100):
 def test_what_the_kernel_brings_is_printed_from_its_own_results(gpu):
     found = json.loads((ROOT / "results" / "h100-kernel.json").read_text(encoding="utf-8"))
     assert gpu.kernel_table(found) in MEASURED
-    (row,) = (row for row in found["rows"] if row.get("kernel") == gpu.KERNEL)
+    row = gpu.by_kernel(found)[2]
     speed = {(s["name"], s["batch"]): s["decode_tok_s"] for s in row["speed"]}
     full = {(s["name"], s["batch"]): s["decode_tok_s"] for s in gpu.pair(found)[0]["speed"]}
     told = re.search(r"is ([\d.]+) times as fast as bf16 at batch size 1, and\s+([\d.]+) times at 16", README)

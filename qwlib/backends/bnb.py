@@ -19,7 +19,6 @@ from torch import nn
 
 from .. import schemes
 from ..errors import QwlibError
-from ..kernels import linear4bit
 from ..machine import arithmetic, processor
 from ..models import estimates
 from . import bnb_ends, hf
@@ -93,40 +92,35 @@ def multiply(x, weight, bias=None):
 
 
 class GpuLinear4bit(bnb.nn.Linear4bit):
-    """A 4-bit linear layer on a GPU: few rows by `kernels.linear4bit` if `own`, and the others by `multiply`."""
-
-    own = None  # the code book for that kernel (`linear4bit.code_book`), where it can multiply this layer
+    """A 4-bit linear layer on a GPU that goes through `multiply`."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        few = x.numel() <= linear4bit.ROWS * self.in_features
-        trains = torch.is_grad_enabled() and x.requires_grad
-        if self.own and few and not trains:
-            return linear4bit.multiply(x.to(self.compute_dtype), self.weight, bias, self.own).to(x.dtype)
         return multiply(x.to(self.compute_dtype), self.weight, bias).to(x.dtype)
 
 
 def choose_kernel(model, dtype, kernel: str | None = None) -> str:
-    """Let the 4-bit layers of `model` on a GPU multiply few rows by qwlib's own kernel if `kernel` is "qwlib".
+    """Let 4-bit layers on a GPU be multiplied by qwlib's kernels where they can be, unless `kernel` is "bitsandbytes".
 
-    What multiplies comes back, with the reason where the kernel can't; empty where nothing was asked for.
+    What multiplies comes back, with the reason where a layer can't be; empty where there is no 4-bit layer on a GPU.
 
-    Raises QwlibError where no layer can take it.
+    Raises QwlibError where `kernel` is "qwlib" and no layer can be.
     """
-    if kernel != "qwlib":
+    found = [module for module in model.modules() if isinstance(module, GpuLinear4bit)]
+    if not found:
+        if kernel == "qwlib":
+            raise QwlibError("the model has no 4-bit layers on a GPU: load without kernel='qwlib'")
         return ""
-    reasons = {}
-    layers = [module for module in model.modules() if isinstance(module, GpuLinear4bit)]
-    for module in layers:
-        why = linear4bit.obstacle(module.weight, dtype)
-        module.own = None if why else linear4bit.code_book(module.weight, dtype)
-        if why:
-            reasons[why] = reasons.get(why, 0) + 1
-    if not any(module.own for module in layers):
-        why = next(iter(reasons), None) or linear4bit.compiling.obstacle() or "the model has no 4-bit layers on a GPU"
-        raise QwlibError(f"{why}: load without kernel='qwlib'")
-    told = "".join(f", {count} layers by bitsandbytes ({why})" for why, count in reasons.items())
-    return f"up to {linear4bit.ROWS} rows of 4-bit layers by qwlib's kernel{told}"
+    if kernel == "bitsandbytes":
+        return "4-bit layers by bitsandbytes, asked for"
+    from ..kernels import layers  # on a GPU alone
+
+    reasons = layers.take(model, found, dtype)
+    refused = sum(reasons.values())
+    if kernel == "qwlib" and refused == len(found):
+        raise QwlibError(f"{next(iter(reasons))}: load without kernel='qwlib'")
+    told = ["4-bit layers by qwlib's kernels"] if refused < len(found) else []
+    return ", ".join([*told, *(f"{count} by bitsandbytes ({why})" for why, count in reasons.items())])
 
 
 class AnyShapeLinear4bit(bnb.nn.Linear4bit):

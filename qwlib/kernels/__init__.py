@@ -1,5 +1,6 @@
-"""Kernels of our own, on request. They are compiled when they are first used.
+"""CUDA kernels of our own, for bitsandbytes' 4-bit layers on a GPU. They are compiled when they are first used.
 
 compiling   CUDA source to a loaded kernel: NVRTC through torch, and binaries on disk
-linear4bit  a 4-bit linear layer for few rows
+linear4bit  products of few rows and 4-bit weights, and 4-bit weights in 16 bits
+layers      bitsandbytes' layers with these products, and some of them in one launch
 """

@@ -42,21 +42,30 @@ class Kernel:
     shared_bytes: int
     pdl: bool
 
-    def launch(self, blocks: int, tensors, numbers) -> None:
-        """Start `blocks` blocks. The kernel's arguments are `tensors` (None is a null pointer), then `numbers`.
+    def launch(self, blocks: int, arguments) -> None:
+        """Start `blocks` blocks with arguments: a tensor as its pointer (None is a null pointer), a float in 32 bits.
 
-        An int goes as int, a float as float of 32 bits. Raises QwlibError where the driver refuses.
+        An int goes as int, and what ctypes has made as it is. Raises QwlibError where the driver refuses.
         """
         import torch
 
-        values = [ctypes.c_void_p(None if each is None else each.data_ptr()) for each in tensors]
-        values += [(ctypes.c_int if type(each) is int else ctypes.c_float)(each) for each in numbers]
+        values = [_value(each) for each in arguments]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream().cuda_stream
         sizes = (blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes
         how = _Launch(*sizes, stream, ctypes.pointer(_SERIALIZED), int(self.pdl))
         if code := _driver().cuLaunchKernelEx(ctypes.byref(how), self.loaded.func, pointers, None):
-            raise QwlibError(f"the driver refused to start a kernel (CUDA error {code}): load without kernel='qwlib'")
+            raise QwlibError(
+                f"the driver refused to start a kernel (CUDA error {code}): load with kernel='bitsandbytes'"
+            )
+
+
+def _value(argument):
+    if argument is None or hasattr(argument, "data_ptr"):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    if isinstance(argument, (ctypes.Structure, ctypes.Array, ctypes.c_void_p)):
+        return argument
+    return (ctypes.c_int if type(argument) is int else ctypes.c_float)(argument)
 
 
 class _Attribute(ctypes.Structure):

@@ -39,7 +39,8 @@ def load(
 
     `weights="random"` builds the model's exact shape with random values and no download: true bytes and times, no quality.
     What has to be downloaded or unpacked first is not part of `load_s`. `engine` is what decodes, see `Lm.use`.
-    `kernel="qwlib"` multiplies up to 16 rows of 4-bit layers by a kernel of our own on a GPU; else bitsandbytes' kernels do all.
+    On a GPU, bitsandbytes' 4-bit layers are multiplied by qwlib's kernels where these can, and `engine.why` says so. With
+    `kernel="bitsandbytes"` its own do it, and with `kernel="qwlib"` it is an error if no layer can be multiplied by ours.
 
     Raises QwlibError in one line: unknown model or scheme, package missing, gated without a token, not enough memory.
     """
@@ -47,8 +48,8 @@ def load(
         raise QwlibError(f"weights must be 'trained' or 'random', not {weights!r}")
     with processes.importing():
         import transformers.modeling_utils  # noqa: F401 what everything below needs, torch among it
-    if kernel not in (None, "qwlib"):
-        raise QwlibError(f"kernel must be 'qwlib' or left out, not {kernel!r}")
+    if kernel not in (None, "qwlib", "bitsandbytes"):
+        raise QwlibError(f"kernel must be 'qwlib', 'bitsandbytes' or left out, not {kernel!r}")
     row = catalog.find(model)
     here = weights == "trained" and row.source is not None and Path(row.source).is_dir()
     manifest = checkpoints.verified(row) if here else None
@@ -75,7 +76,7 @@ def load(
     where, where_reason = devices.pick_device(device or backend.device)
     if backend.device and not device:
         where_reason = f"{backend.name} runs on {'a GPU' if backend.device == 'cuda' else 'the CPU'} here"
-    if kernel and where.type != "cuda":
+    if kernel == "qwlib" and where.type != "cuda":
         raise QwlibError(f"kernel={kernel!r} needs a GPU: leave it out")
     if scheme.made_on == "cuda" and not scheme.maker and where.type != "cuda":
         raise QwlibError(f"{scheme.name} needs a GPU: choose another scheme (`python -m qwlib schemes`)")

@@ -20,6 +20,7 @@ import time
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from . import attention
 from .engines import NoGraph
 from .sampling import Choice
 
@@ -206,7 +207,8 @@ class Decoder:
 
     def _advance(self) -> None:
         """One step: read the token, choose the next, move on."""
-        scores = self.forward(self.token, self.position, self.mask, self.cache)
+        with attention.stepping(self.model):
+            scores = self.forward(self.token, self.position, self.mask, self.cache)
         self.token.copy_(self.choose(scores)[:, None])
         self.position.add_(1)
         self.place.add_(1)

@@ -36,7 +36,7 @@ class Lm:
     model: Any = None  # the library's own object: a plain transformers model where the backend builds on transformers
     tokenizer: Any = None
     engine: Any = None  # what executes it (`engines.py`)
-    kernel: str | None = None  # "qwlib" where our own kernel is to multiply few rows of 4-bit layers
+    kernel: str | None = None  # whose kernels are to multiply 4-bit layers on a GPU, where one was asked for
     arithmetic: Any = None  # the type of products of several rows, where PyTorch calculates them (`arithmetic.py`)
     arithmetic_reason: str = ""
     folder: str | None = None  # where its files lie

@@ -1,6 +1,7 @@
 """bitsandbytes' faults, each shown and each worked around; a test that fails here may mean that one was mended upstream."""
 
 import shutil
+import sys
 
 import bitsandbytes
 import pytest
@@ -196,9 +197,18 @@ def test_on_a_gpu_the_ends_never_stand_there_in_16_bits(scheme):
         assert lm.engine.name == "CUDA graph, static cache"
         assert {str(t.device) for t in (*lm.model.parameters(), *lm.model.buffers())} == {"cuda:0"}
         assert {type(m).__name__ for m in lm.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)} == {
-            "GpuLinear4bit"
+            "OwnLinear4bit"
         }
         assert lm.stream(lm.encode("The capital of France is"), new_tokens=5).shape == (1, 5)
+
+
+def test_without_a_gpu_no_kernel_of_ours_is_imported(shallow, monkeypatch):
+    for name in ("qwlib.kernels", "qwlib.kernels.layers", "qwlib.kernels.linear4bit"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it would be an error
+    for kernel in (None, "bitsandbytes"):
+        with qwlib.load(str(shallow), "nf4", device="cpu", kernel=kernel) as lm:
+            assert lm.engine.kernel == ""
+            assert lm.stream([[1, 2, 3]], new_tokens=2).shape == (1, 2)
 
 
 def test_saving_a_quantized_embedding_is_refused(tmp_path, shallow):

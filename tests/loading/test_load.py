@@ -403,7 +403,12 @@ run("assert _ == 42")
 @pytest.mark.parametrize(
     ("scheme", "kernel", "why"),
     [
-        ("nf4", "mine", "kernel must be 'qwlib' or left out, not 'mine'"),
+        ("nf4", "mine", "kernel must be 'qwlib', 'bitsandbytes' or left out, not 'mine'"),
+        (
+            "bf16",
+            "bitsandbytes",
+            "kernel='bitsandbytes' is for 4-bit schemes of bitsandbytes, not for bf16: leave it out",
+        ),
         ("bf16", "qwlib", "kernel='qwlib' is for 4-bit schemes of bitsandbytes, not for bf16: leave it out"),
         ("nf4", "qwlib", "kernel='qwlib' needs a GPU: leave it out"),
     ],
