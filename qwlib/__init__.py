@@ -31,9 +31,10 @@ MODULES = {
     name: room
     for room, names in {
         "machine": "clock devices memory processor",
-        "lessons": "exercises fourbit integers pictures predictions",
+        "lessons": "exercises fourbit integers kernel_pictures pictures predictions tiles",
         "models": "artefacts catalog checkpoints embedded estimates hub texts",
         "running": "streaming",
+        "kernels": "linear4bit profiles",
         "backends": "environment",
         "guard": "classify guards judging labelled verdicts",
         "loading": "calibration fresh merging",

@@ -12,13 +12,13 @@ import torch
 
 import qwlib
 from qwlib import QwlibError, artefacts, classify, estimates, schemes, streaming, verdicts
-from qwlib.lessons import exercises, fourbit, integers
+from qwlib.lessons import exercises, fourbit, integers, tiles
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LIBRARY = {
     each.__name__.rpartition(".")[2]: each
     for each in (
-        *(qwlib, torch, exercises, fourbit, integers),
+        *(qwlib, torch, exercises, fourbit, integers, tiles),
         *(artefacts, classify, estimates, schemes, streaming, verdicts),
     )
 }
@@ -66,6 +66,11 @@ ANSWERS = {
     "06_publish": [
         ("70", ["30", "0.7", "'b'"]),
         ("spoiled", ["[name for name in 'ABC' if name != spoiled][0]", "'D'"]),
+    ],
+    "07_a_fast_kernel": [
+        ("160", ["128", "144", "192", "'160'"]),
+        ("(5, 4)", ["(4, 5)", "(4, 3)", "(3.56, 3.56)", "5"]),
+        ("(6, 1)", ["(6, 0)", "(6, 3)", "(9, 1)", "6"]),
     ],
 }
 

@@ -1,6 +1,7 @@
 """Attention of one decoding step against transformers' own, and where it is used."""
 
 import contextlib
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,14 @@ def test_the_mask_as_numbers_is_the_one_of_true_and_false():
     assert bool((~seen).any())
 
 
+def without_source(model):
+    """The same as a class that was typed into a shell."""
+    made = type("Typed", (type(model),), {"__module__": "typed into a shell"})
+    other = copy.deepcopy(model)
+    other.__class__ = made
+    return other
+
+
 def test_it_is_in_use_for_steps_alone_and_left_out_where_a_model_asks_for_a_name():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
     llama = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", intermediate_size=32, **sizes))
@@ -53,6 +62,7 @@ def test_it_is_in_use_for_steps_alone_and_left_out_where_a_model_asks_for_a_name
     for other in (
         AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes)),
         AutoModelForCausalLM.from_config(llama.config, attn_implementation="eager"),
+        without_source(llama),
     ):
         before = other.config._attn_implementation
         with attention.stepping(other):
