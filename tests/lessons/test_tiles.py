@@ -98,6 +98,15 @@ def test_registers_come_from_bytes_as_the_cuda_source_takes_them():
             r0, r1, r2, r3 = (((s & 0x7F80) >> 7) for s in (q << 7, q >> 1, q >> 9, q >> 17))
             assert got[2 * h, lane].tolist() == [p0, r0, p1, r1]
             assert got[2 * h + 1, lane].tolist() == [p2, r2, p3, r3]
+            # the spread table: an entry begins every 256 bytes
+            places = [byte_perm(p, 4 * lane, 0x5504 | byte << 4) for byte in range(4)]
+            assert places == [256 * each + 4 * lane for each in (p0, p1, p2, p3)]
+
+
+def byte_perm(low: int, high: int, selector: int) -> int:
+    """CUDA's `__byte_perm`: four of eight bytes, by the digits of the selector (CUDA math API)."""
+    given = low.to_bytes(4, "little") + high.to_bytes(4, "little")
+    return int.from_bytes(bytes(given[selector >> 4 * place & 7] for place in range(4)), "little")
 
 
 @settings(max_examples=40, deadline=None)
