@@ -28,15 +28,7 @@
 // Set by the compiler's options: WARPS, STAGES (of the ring), WIDE (rows of x: 1, 8 or 16), HALF (float16 instead of bfloat16),
 // NESTED (scales are 8-bit codes with second-level scales), PIECES, HALVES, SPREAD, PDL. `linear4bit.py` knows Part, and the bytes
 // of ROW, STAGE, SUMS, GROUP and TABLE.
-typedef unsigned int uint;
-typedef unsigned char uchar;
-typedef unsigned short ushort;
 
-#if HALF
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
 #define UNITS 4                                    // of 64 columns, in a piece
 #define COLUMNS (64 * UNITS)
 #define ROW (HALVES ? 144 : 160)                   // 128 bytes, padded against bank conflicts
@@ -57,16 +49,6 @@ typedef unsigned short ushort;
 __device__ __forceinline__ uint pack(float low, float high) {
   uint r;
   asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-
-__device__ __forceinline__ float unpack(ushort value) {
-  float r;
-#if HALF
-  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(value));
-#else
-  r = __uint_as_float((uint)value << 16);
-#endif
   return r;
 }
 
@@ -91,16 +73,6 @@ __device__ __forceinline__ void copy4(uint to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to), "l"(from));
 }
 
-struct Part {
-  const uchar* W;        // N x K / 2 bytes, the first code in the upper half
-  const void* absmax;    // a scale for each block: uchar with NESTED, else float
-  const float* absmax2;  // with NESTED, a second-level scale for each 256 scales
-  const float* offset;   // what was subtracted from the scales
-  const ushort* bias;    // N, or null
-  ushort* y;             // B x N
-  int N;
-  int begin;             // its first tile; a part that does not exist begins behind the last one
-};
 struct Parts { Part at[4]; };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) linear4bit(
@@ -331,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) linear4bit(
       all /= gain;
       const int row = (its - part.begin) * 16 + r;
       if (row < part.N) {
-        if (part.bias) all += unpack(part.bias[row]);
+        if (part.bias) all += widen(part.bias[row]);
         part.y[(size_t)n * part.N + row] = (ushort)pack(all, 0);
       }
     }

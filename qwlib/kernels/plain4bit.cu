@@ -8,16 +8,8 @@
 //
 // Set by the compiler's options: WIDE (rows of x at most), HALF (float16 instead of bfloat16), NESTED (scales are 8-bit codes
 // with second-level scales, one for 256 of them).
-typedef unsigned int uint;
-typedef unsigned char uchar;
-typedef unsigned short ushort;
 
 #define WARPS 8
-#if HALF
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
 
 // compute capability 7.5 has no instruction that rounds to bfloat16
 __device__ __forceinline__ ushort narrow(float value) {
@@ -29,16 +21,6 @@ __device__ __forceinline__ ushort narrow(float value) {
 #else
   const uint bits = __float_as_uint(value);
   r = value != value ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-#endif
-  return r;
-}
-
-__device__ __forceinline__ float widen(ushort value) {
-  float r;
-#if HALF
-  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(value));
-#else
-  r = __uint_as_float((uint)value << 16);
 #endif
   return r;
 }
@@ -60,15 +42,6 @@ __device__ __forceinline__ float widen(ushort value) {
     return __fadd_rn(__fmul_rn(levels2[((const uchar*)absmax)[at]], absmax2[at >> 8]), off);             \
   };                                                                                                     \
   auto one = [&](size_t element) { return look(element & 1 ? W[element >> 1] : W[element >> 1] >> 4); };
-
-struct Part {  // as in linear4bit.cu
-  const uchar* W;
-  const void* absmax;
-  const float *absmax2, *offset;
-  const ushort* bias;
-  ushort* y;
-  int N, begin;
-};
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) plain4bit(
     const float* code2, const float* level, const ushort* x, int K, int B, int shift, const __grid_constant__ Part part) {
