@@ -4,18 +4,23 @@
 
 One process, one GPU, one file; a scheme's rows are written when it is done, and a second run with `--resume` goes on. Shares
 are of the copy bandwidth measured in the same run. Without a GPU it says so and does nothing. `--tables FILE` prints what a file
-holds, and draws the README's picture of it.
+holds, draws the README's picture of it, and writes the part that notebook 07 shows to those who have no GPU.
 """
 
 import argparse
 import datetime
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import linear4bit
 
 import qwlib
 from qwlib import files
 from qwlib.errors import QwlibError
+from qwlib.kernels import profiles
 from qwlib.machine import about, clock, memory
 from qwlib.measuring import timing
 from qwlib.running import streaming
@@ -25,6 +30,7 @@ COMPILED = ["bf16", "nf4-dq", "nf4-mixed", "nf4-all"]  # compiling takes half a 
 PAIR = ["bf16", "nf4-dq"]  # in batches, too, and by what transformers has itself
 BATCHES = [1, 4, 8, 16, 64]
 KERNEL = "bitsandbytes"  # whose kernels multiply in one more row, of the second of the pair
+APART = "graph, a launch for each layer"  # with no layers joined
 LARGE = ("gpt-neox-20b", ["nf4", "nf4-dq"])
 FRONT = ["bf16", "int8", "nf4", "nf4-dq", "nf4-all"]  # of the first model, in the README
 PICTURE = Path(__file__).parents[1] / "docs" / "front.svg"
@@ -99,32 +105,17 @@ def continuous(lm, bandwidth: float, *, batch: int, prompt_tokens: int, new_toke
     }
 
 
-def products(lm) -> list[dict]:
-    """Microseconds of one multiplication by the model's largest kind of linear layer, with 1 to 64 rows and nothing in between.
-
-    One graph multiplies by that layer of every block, so that no weight is still in a cache from an earlier multiplication.
-    """
-    import torch
-
-    kinds = {}
-    for module in lm.model.modules():
-        if isinstance(module, torch.nn.Linear):
-            kinds.setdefault((module.out_features, module.in_features), []).append(module)
-    (rows_out, columns), layers = max(kinds.items(), key=lambda kind: kind[0][0] * kind[0][1] * len(kind[1]))
-    found = []
-    for rows in BATCHES:
-        x = torch.randn(rows, columns, device=lm.device, dtype=lm.dtype)
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.inference_mode(), torch.cuda.stream(aside):
-            for layer in layers[:2]:
-                layer(x)
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, stream=aside):
-                for layer in layers:
-                    layer(x)
-        seconds = clock.best({"all": graph.replay}, 20, lm.device)["all"]
-        found.append({"shape": [rows_out, columns], "rows": rows, "us": seconds / len(layers) * 1e6})
-    return found
+def not_joined(lm, bandwidth: float, **shape) -> dict:
+    """A graph in which qwlib's kernels are launched once for each layer."""
+    joined = [(layer, layer.joined) for layer in lm.model.modules() if getattr(layer, "joined", None)]
+    for layer, _ in joined:
+        layer.joined = None
+    try:
+        return measured(lm.use("graph"), bandwidth, 3, **shape)
+    finally:
+        for layer, place in joined:
+            layer.joined = place
+        lm.use("eager")
 
 
 def of_scheme(model: str, weights: str, scheme: str, kernel: str | None, asked) -> dict:
@@ -140,17 +131,20 @@ def of_scheme(model: str, weights: str, scheme: str, kernel: str | None, asked) 
         jobs = [("eager", 1), *(("graph", batch) for batch in (BATCHES if both else BATCHES[:1]))]
         jobs += [("compiled", 1)] * (scheme in COMPILED and not asked.fast and model == asked.model)
         jobs += [("static", 1), ("continuous", 1), ("continuous", 16)] * (both and not kernel)
+        jobs += [(APART, 1)] * (both and not kernel and scheme == PAIR[1])
         for name, batch in jobs:
             if not asked.engine or name in asked.engine:
                 shape = {"batch": batch, "prompt_tokens": asked.prompt_tokens, "new_tokens": asked.new_tokens}
                 row["speed"].append({"name": name, "batch": batch} | by_engine(lm, name, bandwidth, shape))
                 print(scheme, name, summary(row["speed"][-1]), flush=True)
         row["why"] = lm.use().engine.why
+        if both:
+            step = next(speed for speed in row["speed"] if speed["name"] == "graph")
+            ids = timing.prompt_ids(lm, batch=1, tokens=asked.prompt_tokens)
+            row["profile"] = profiles.measured(lm, ids, new_tokens=32, step_ms=1e3 * step["itl_s"]["p50"])
         if model == asked.model:
             long = timing.time_requests(lm, prompt_tokens=asked.long, new_tokens=2, runs=7)
             row["long_prompt"] = {"tokens": asked.long} | timing.summary([line.ttft_s for line in long[2:]])
-        if both:
-            row["products"] = products(lm)
     memory.give_back()
     return row
 
@@ -162,6 +156,8 @@ def by_engine(lm, name: str, bandwidth: float, shape: dict) -> dict:
             return continuous(lm.use("eager"), bandwidth, **shape)
         if name == "static":
             return static(lm, bandwidth, **shape)
+        if name == APART:
+            return not_joined(lm, bandwidth, **shape)
         return measured(lm.use(name), bandwidth, 1 if name == "eager" else 3, **shape)
     except QwlibError as error:
         return {"failure": str(error)}
@@ -183,8 +179,10 @@ def summary(speed: dict) -> str:
 
 
 def tables(found: dict) -> str:
-    """Markdown: one row per scheme at batch size 1, then batch sizes, then what transformers offers itself."""
-    each = (front_table, schemes_table, batches_table, own_table, kernel_table)
+    """Markdown: one row per scheme at batch size 1, then both kernels by rows and batch sizes, and what transformers offers."""
+    each = [front_table, schemes_table]
+    if "linear_layers" in found:
+        each += [layers_table, batches_table, profile_table, own_table]
     return "\n\n".join(table(found) for table in each)
 
 
@@ -265,7 +263,7 @@ def schemes_table(found: dict) -> str:
         first = alone(row)
         best = first.get("compiled") or first.get("graph") or first["eager"]
         called = row["scheme"] if row["model"] == found["rows"][0]["model"] else f"{row['model']}, {row['scheme']}"
-        called += f", {row['kernel']}'s kernel" if "kernel" in row else ""
+        called += f", by {row['kernel']}" if "kernel" in row else ""
         cells = [
             called,
             f"{held_bytes(row) / 1e9:.2f}",
@@ -288,62 +286,86 @@ def pair(found: dict) -> list[dict]:
     return [rows[scheme] for scheme in PAIR] if set(PAIR) <= set(rows) else []
 
 
+def compared(found: dict) -> dict[str, dict]:
+    """The rows of 16 bits, and of 4 bits by bitsandbytes' kernels and by qwlib's: `profiles.WAYS`."""
+    full, own = pair(found)
+    other = next(row for row in found["rows"] if row.get("kernel") == KERNEL)
+    return dict(zip(profiles.WAYS, (full, other, own), strict=True))
+
+
+def by_batch(row: dict) -> dict[int, float]:
+    """Tokens a second of a CUDA graph."""
+    return {s["batch"]: s["decode_tok_s"] for s in row["speed"] if s["name"] == "graph"}
+
+
+def layers_table(found: dict) -> str:
+    """All linear layers of a token by kernel, in milliseconds."""
+    layers = found["linear_layers"]
+    names = [key for key in layers["rows"][0] if key != "rows"]
+    heads = ["rows", *(name.replace(" ms", " (ms)") for name in names), "joined over bf16"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'--:|' * len(heads)}"]
+    for row in layers["rows"]:
+        ratio = row["bf16 ms"] / row["joined ms"]
+        lines.append(f"| {' | '.join([str(row['rows']), *(f'{row[name]:.2f}' for name in names)])} | {ratio:.2f} × |")
+    return "\n".join(lines)
+
+
 def batches_table(found: dict) -> str:
-    """Where 4 bits stop being faster, and why: the time of one matrix multiplication."""
-    lines = [
-        f"| batch size | {PAIR[0]} tok/s | {PAIR[1]} tok/s | ratio | {PAIR[0]} µs | {PAIR[1]} µs | ratio |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
+    """Tokens a second of a graph by batch size: 16 bits, and 4 bits by both kernels."""
+    rows = compared(found)
+    heads = [
+        "batch size",
+        PAIR[0],
+        PAIR[1],
+        f"over {PAIR[0]}",
+        f"{PAIR[1]} by bitsandbytes' kernels",
+        f"over {PAIR[0]}",
     ]
-    ratios, rows = {}, pair(found)
-    for batch in BATCHES if rows else []:
-        speeds = [
-            s["decode_tok_s"] for row in rows for s in row["speed"] if (s["name"], s["batch"]) == ("graph", batch)
-        ]
-        taken = [p["us"] for row in rows for p in row.get("products", []) if p["rows"] == batch]
-        if len(speeds) == len(taken) == 2:
-            ratios[batch] = speeds[1] / speeds[0], taken[1] / taken[0]
-            cells = [batch, *(f"{s:.0f}" for s in speeds), f"{ratios[batch][0]:.2f} ×", *(f"{us:.1f}" for us in taken)]
-            lines.append(f"| {' | '.join(map(str, cells))} | {ratios[batch][1]:.2f} × |")
-    slower = [batch for batch, (ratio, _) in ratios.items() if ratio < 1]
-    if not slower:
-        return "\n".join(lines)
-    shape, at = " × ".join(map(str, rows[0]["products"][0]["shape"])), slower[0]
-    why = (
-        f"From batch size {at} on, {PAIR[1]} is slower than {PAIR[0]}. At batch size {at}, a matrix multiplication with a\n"
-        f"{shape} weight takes {ratios[at][1]:.2f} times as long in 4 bits as in 16. At batch size 1 it takes {ratios[1][1]:.2f} "
-        f"times as\nlong. With more rows, reading 16-bit weights takes the same time, and unpacking 4-bit weights takes longer."
-    )
-    return "\n".join([*lines, "", why])
-
-
-def by_kernel(found: dict) -> list[dict]:
-    """The rows of 16 bits, of 4 bits by bitsandbytes' kernels, and by qwlib's, which older files name."""
-    named = [row for row in found["rows"] if "kernel" in row]
-    if not pair(found) or not named:
-        return []
-    full, plain = pair(found)
-    return [full, plain, named[0]] if named[0]["kernel"] == "qwlib" else [full, named[0], plain]
-
-
-def kernel_table(found: dict) -> str:
-    """By batch size: 16 bits, 4 bits by bitsandbytes' kernels and by qwlib's, and what one layer takes."""
-    lines = [
-        "| batch size | bf16 (tokens/s) | nf4-dq by bitsandbytes | by qwlib's kernel | over bf16 | one layer (µs): bf16 | "
-        "bitsandbytes | qwlib |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    rows = by_kernel(found)
-    for batch in BATCHES if rows else []:
-        speeds = [s["decode_tok_s"] for r in rows for s in r["speed"] if (s["name"], s["batch"]) == ("graph", batch)]
-        taken = [p["us"] for row in rows for p in row["products"] if p["rows"] == batch]
-        cells = [
-            str(batch),
-            *(f"{s:.0f}" for s in speeds),
-            f"{speeds[2] / speeds[0]:.2f} ×",
-            *(f"{us:.1f}" for us in taken),
-        ]
+    lines = [f"| {' | '.join(heads)} |", f"|{'--:|' * len(heads)}"]
+    for batch, full in by_batch(rows[PAIR[0]]).items():
+        cells = [str(batch), f"{full:.0f}"]
+        for way in reversed(profiles.WAYS[1:]):
+            speed = by_batch(rows[way])[batch]
+            cells += [f"{speed:.0f}", f"{speed / full:.2f} ×"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def profile_table(found: dict) -> str:
+    """The kernels of a step of a graph, in milliseconds and how many."""
+    rows = compared(found)
+    lines = ["| kernels | " + " | ".join(f"{name} (ms)" for name in rows) + " |", "|---|" + "--:|" * len(rows)]
+    for kinds in zip(*(row["profile"] for row in rows.values()), strict=True):
+        cells = [f"{k['ms']:.2f}" + (f" ({k['count']})" if k["count"] else "") for k in kinds]
+        lines.append(f"| {kinds[0]['kind']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def lesson(found: dict) -> dict:
+    """What notebook 07 shows where there is no GPU: `profiles.SCHEMA`."""
+    rows, layers = compared(found), found["linear_layers"]
+    names = {"eager": "eager", APART: "graph, not joined", "graph": "graph", "compiled": "compiled"}
+    speeds = [
+        {"way": way, "engine": names[s["name"]], "batch": s["batch"], "tok_s": s["decode_tok_s"]}
+        for way, row in rows.items()
+        for name in names
+        for s in row["speed"]
+        if s["name"] == name and "failure" not in s
+    ]
+    keys = ("rows", *(f"{name} ms" for name in ("bf16", "bitsandbytes", "apart", "joined")))
+    products = [{key.replace(" ", "_"): row[key] for key in keys} for row in layers["rows"]]
+    return {
+        "device": found["env"]["device"],
+        "date": found["date"],
+        "packages": {name: found["env"]["packages"][name] for name in ("torch", "transformers", "bitsandbytes")},
+        "command": "python benchmarks/gpu.py",
+        "model": layers["model"],
+        "copy_bytes_per_s": layers["copy_bytes_per_s"],
+        "bytes": layers["bytes"],
+        "products": products,
+        "profiles": {way: row["profile"] for way, row in rows.items()},
+        "speeds": speeds,
+    }
 
 
 def own_table(found: dict) -> str:
@@ -385,15 +407,27 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.tables:
         found = json.loads(asked.tables.read_text())
-        return print(tables(found), picture(found, PICTURE), sep="\n\n")
+        print(tables(found))
+        if len(front_rows(found)) == len(FRONT):
+            print(picture(found, PICTURE))
+        if "linear_layers" in found:
+            files.write_text(profiles.FILE, json.dumps(lesson(found), indent=1) + "\n")
+            print(profiles.FILE)
+        return None
     if not torch.cuda.is_available():
         return print("benchmarks/gpu.py: PyTorch sees no GPU, nothing to measure")
     found = {"date": f"{datetime.date.today()}", "env": about.environment(), "rows": []}
     if asked.resume and asked.out.is_file():
         found = json.loads(asked.out.read_text())
+    whole = not asked.scheme and not asked.fast
+    if whole and "linear_layers" not in found:
+        # a process of its own: ExLlamaV3 changes how PyTorch allocates memory, and transformers' static cache hung after that
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+            found["linear_layers"] = apart.submit(linear4bit.measured).result()
+        files.write_text(asked.out, json.dumps(found, indent=1) + "\n")
     done = {(row["model"], row["scheme"], row.get("kernel")) for row in found["rows"]}
     jobs = [(asked.model, scheme, None) for scheme in asked.scheme or SCHEMES]
-    if not asked.scheme and not asked.fast:
+    if whole:
         jobs.insert(2, (asked.model, PAIR[1], KERNEL))
         jobs += [(LARGE[0], scheme, None) for scheme in LARGE[1]]
     for job in jobs:
@@ -401,7 +435,8 @@ def main() -> None:
             model, scheme, kernel = job
             found["rows"].append(of_scheme(model, asked.weights, scheme, kernel, asked))
             files.write_text(asked.out, json.dumps(found, indent=1) + "\n")
-    print(tables(found))
+    if whole:
+        print(tables(found))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,19 @@
-"""The products of one token of Llama-3.1-8B on a GPU: 16 bits, bitsandbytes' 4-bit kernel, and qwlib's, in one CUDA graph each.
+"""The linear layers of one token of Llama-3.1-8B on a GPU: 16 bits, and 4 bits by every kernel that is installed.
 
     python benchmarks/linear4bit.py
 
-32 layers, so that no cache helps. Without a GPU it says so and ends.
+All layers of 32 blocks are in one CUDA graph for each kernel, so that neither Python nor a cache helps. Without a GPU it says so
+and ends. `benchmarks/gpu.py` writes the same times into its file.
+
+    bf16          PyTorch's product in 16 bits
+    bitsandbytes  nf4-dq by bitsandbytes' kernels
+    apart         nf4-dq by qwlib's kernels, a launch for each layer
+    joined        the same, with query, key and value in one launch, and gate and up
+    torch int4    torch's own int4 product, which torchao's int4 weights use; groups of 128, bf16
+    Marlin        the int4 kernel that optimum-quanto brings; groups of 128, fp16
+    ExLlamaV3     4 bits a weight, fp16
+
+The last two are compiled when they are first used, and are left out where they are not installed.
 """
 
 import torch
@@ -10,14 +21,15 @@ import torch
 from qwlib.kernels import linear4bit
 from qwlib.machine import clock
 
-LAYERS = 32
+MODEL, LAYERS = "llama-3.1-8b", 32
 SHAPES = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
 JOINED = [(0, 1, 2), (3,), (4, 5), (6,)]
-ROWS = (1, 4, 8, 16)
+ROWS = (1, 4, 8, 16, 32, 64)
+GROUP = 128  # weights that share a scale, with the kernels of others
 
 
-def milliseconds(step, repeats: int = 20) -> list[float]:
-    """How long replaying a graph of `step` takes, `repeats` times, sorted."""
+def milliseconds(step, repeats: int = 20) -> float:
+    """How long replaying a graph of `step` takes: the median of `repeats`."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -33,63 +45,137 @@ def milliseconds(step, repeats: int = 20) -> list[float]:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-    return sorted(times[3:])
+    return sorted(times[3:])[repeats // 2]
+
+
+def inputs(rows: int, dtype) -> dict:
+    return {columns: torch.randn(rows, columns, dtype=dtype, device="cuda") for columns in (4096, 14336)}
+
+
+def sixteen_bits():
+    dense = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(LAYERS) for shape in SHAPES]
+    return {"bf16": lambda x: [torch.nn.functional.linear(x[w.shape[1]], w) for w in dense]}, torch.bfloat16
+
+
+def stored() -> list:
+    """The weights of all blocks as bitsandbytes stores them."""
+    import bitsandbytes as bnb
+
+    def weight(shape):
+        dense = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+        return bnb.nn.Params4bit(dense, False, quant_type="nf4", compress_statistics=True).to("cuda")
+
+    return [[weight(shape) for shape in SHAPES] for _ in range(LAYERS)]
+
+
+def nf4():
+    import bitsandbytes as bnb
+
+    blocks = stored()
+    gain = linear4bit.gain_of(blocks[0][0], torch.bfloat16)
+
+    def by_bitsandbytes(x) -> None:
+        for weight in (w for block in blocks for w in block):
+            bnb.matmul_4bit(x[weight.quant_state.shape[1]], weight, quant_state=weight.quant_state)
+
+    def by_qwlib(groups):
+        def step(x) -> None:
+            for block in blocks:
+                for group in groups:
+                    columns = block[group[0]].quant_state.shape[1]
+                    linear4bit.multiply(x[columns], [block[place] for place in group], gain)
+
+        return step
+
+    apart = [[place] for place in range(len(SHAPES))]
+    return {"bitsandbytes": by_bitsandbytes, "apart": by_qwlib(apart), "joined": by_qwlib(JOINED)}, torch.bfloat16
+
+
+def torch_int4():
+    def weight(rows, columns):
+        codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
+        scales = torch.rand(columns // GROUP, rows, 2, dtype=torch.bfloat16, device="cuda")
+        return columns, torch._convert_weight_to_int4pack(codes, 8), scales
+
+    weights = [weight(*shape) for _ in range(LAYERS) for shape in SHAPES]
+
+    def step(x) -> None:
+        for columns, codes, scales in weights:
+            torch._weight_int4pack_mm(x[columns], codes, GROUP, scales)
+
+    return {"torch int4": step}, torch.bfloat16
+
+
+def marlin():
+    import optimum.quanto  # noqa: F401 -- registers the product
+
+    def weight(rows, columns):
+        codes = torch.randint(2**31 - 1, (columns // 16, rows * 2), dtype=torch.int32, device="cuda")
+        scales, shifts = torch.rand(2, columns // GROUP, rows, dtype=torch.float16, device="cuda")
+        return columns, codes, scales, shifts, torch.zeros(rows // 128 * 16, dtype=torch.int32, device="cuda")
+
+    weights = [weight(*shape) for _ in range(LAYERS) for shape in SHAPES]
+
+    def step(x) -> None:
+        for columns, *weight in weights:
+            torch.ops.quanto.gemm_f16i4_marlin(x[columns], *weight)
+
+    return {"Marlin": step}, torch.float16
+
+
+def exllama3():
+    from exllamav3.ext import exllamav3_ext
+
+    aside = {columns: torch.empty(1, columns, dtype=torch.float16, device="cuda") for columns in (4096, 14336)}
+
+    def weight(rows, columns):
+        trellis = torch.randint(-(2**15), 2**15, (columns // 16, rows // 16, 64), dtype=torch.int16, device="cuda")
+        suh, svh = (torch.ones(n, dtype=torch.float16, device="cuda") for n in (columns, rows))
+        return columns, rows, exllamav3_ext.BC_LinearEXL3(trellis, suh, svh, 4, None, True, False, aside[columns])
+
+    weights = [weight(*shape) for _ in range(LAYERS) for shape in SHAPES]
+
+    def step(x) -> None:
+        for columns, rows, product in weights:
+            product.run_alloc(x[columns], rows, False)
+
+    return {"ExLlamaV3": step}, torch.float16
+
+
+def measured() -> dict:
+    """Milliseconds by kernel for each number of rows, the bytes of the 4-bit weights, and why others were left out."""
+    bandwidth = clock.copy_bandwidth(torch.device("cuda"))
+    weights = [w for block in stored() for w in block]
+    states = [w.quant_state for w in weights]
+    size = sum(w.nbytes for w in weights) + sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
+    del weights, states
+    rows, missing = [{"rows": n} for n in ROWS], {}
+    for made in (sixteen_bits, nf4, torch_int4, marlin, exllama3):
+        try:
+            steps, dtype = made()
+            for name, step in steps.items():
+                for row in rows:
+                    x = inputs(row["rows"], dtype)
+                    with torch.inference_mode():
+                        row[f"{name} ms"] = milliseconds(lambda step=step, x=x: step(x))
+                print(name, ", ".join(f"{row['rows']}: {row[f'{name} ms']:.2f} ms" for row in rows), flush=True)
+            del steps, step
+        except Exception as error:
+            if made in (sixteen_bits, nf4):
+                raise
+            missing[made.__name__] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            print(made.__name__, missing[made.__name__], flush=True)
+        torch.cuda.empty_cache()
+    return {"model": MODEL, "copy_bytes_per_s": bandwidth, "bytes": size, "rows": rows, "missing": missing}
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         return print("skipped: PyTorch sees no CUDA device")
-    import bitsandbytes as bnb
-
-    bandwidth = clock.copy_bandwidth(torch.device("cuda"))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    dense = [[torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in SHAPES] for _ in range(LAYERS)]
-    stored = [
-        [bnb.nn.Params4bit(w, False, quant_type="nf4", compress_statistics=True).to("cuda") for w in layer]
-        for layer in dense
-    ]
-    size = sum(
-        w.nbytes + w.quant_state.absmax.nbytes + w.quant_state.state2.absmax.nbytes for each in stored for w in each
-    )
-    print(f"4-bit weights {size / 1e9:.2f} GB: {1e3 * size / bandwidth:.2f} ms at that bandwidth")
-    gain = linear4bit.gain_of(stored[0][0], torch.bfloat16)
-    print("rows   bf16 ms   bitsandbytes ms   qwlib ms   joined ms (slowest)   over bf16   over bitsandbytes")
-    for rows in ROWS:
-        inputs = {k: torch.randn(rows, k, dtype=torch.bfloat16, device="cuda") for k in (4096, 14336)}
-        with torch.inference_mode():
-            times = {name: milliseconds(step) for name, step in each_way(dense, stored, inputs, gain).items()}
-        middle = {name: found[len(found) // 2] for name, found in times.items()}
-        print(
-            f"{rows:4} {middle['bf16']:9.2f} {middle['bitsandbytes']:17.2f} {middle['qwlib']:10.2f} {middle['joined']:11.2f} "
-            f"({times['joined'][-1]:.2f}) {middle['bf16'] / middle['joined']:15.2f} × "
-            f"{middle['bitsandbytes'] / middle['joined']:17.2f} ×",
-            flush=True,
-        )
-
-
-def each_way(dense, stored, inputs, gain) -> dict:
-    """Calls that multiply by all weights. `joined`: those of `JOINED` in one launch each."""
-
-    def size(weight) -> int:
-        return weight.quant_state.shape[1]
-
-    def by_bitsandbytes() -> None:
-        for weight in (w for layer in stored for w in layer):
-            bnb.matmul_4bit(inputs[size(weight)], weight, quant_state=weight.quant_state)
-
-    def by_qwlib(groups) -> None:
-        for layer in stored:
-            for group in groups:
-                linear4bit.multiply(inputs[size(layer[group[0]])], [layer[place] for place in group], gain)
-
-    import bitsandbytes as bnb
-
-    return {
-        "bf16": lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for layer in dense for w in layer],
-        "bitsandbytes": by_bitsandbytes,
-        "qwlib": lambda: by_qwlib([[place] for place in range(len(SHAPES))]),
-        "joined": lambda: by_qwlib(JOINED),
-    }
+    found = measured()
+    least = 1e3 * found["bytes"] / found["copy_bytes_per_s"]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; 4-bit weights {found['bytes'] / 1e9:.2f} GB")
+    print(f"at the copy bandwidth of {found['copy_bytes_per_s'] / 1e12:.2f} TB/s they take {least:.2f} ms to read")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the linear layers of a token took on an H100, for those who have no GPU, and the kernels of a step on a GPU.
+"""What decoding took on an H100, for those who have no GPU, and the kernels of a step on a GPU.
 
-`h100()` reads `h100.json`, which comes with the package: what `benchmarks/linear4bit.py` printed. `by_kind` sorts the kernels of
-a profile into a few kinds of work, by their names, and `measured` takes such a profile of a loaded model.
+`h100()` reads `h100.json`, which comes with the package: a part of what `benchmarks/gpu.py` measured. `by_kind` sorts the kernels
+of a profile into a few kinds of work, by their names, and `measured` takes such a profile of a loaded model.
 """
 
 import json
@@ -12,17 +12,19 @@ from .. import files
 from ..errors import QwlibError
 
 FILE = Path(__file__).with_name("h100.json")
-KINDS = ("4-bit products", "16-bit head", "attention", "norms and the rest")
+KINDS = ("4-bit products", "16-bit products", "attention", "norms and the rest")
 # the first whose pattern a kernel's name has; libraries change their names, so new ones may have to be added
 PATTERNS = {
     "4-bit products": r"4bit|quantize",
     "attention": r"fmha|flash|attention|sdpa|softmax",
-    "16-bit head": r"gemm|gemv|nvjet|cutlass|cublas|splitk",
+    "16-bit products": r"gemm|gemv|nvjet|cutlass|cublas|splitk",
     "norms and the rest": "",
 }
 IDLE = "idle"
+WAYS = ("bf16", "bitsandbytes", "our kernel")  # 16 bits, and nf4-dq by two libraries' kernels
 
 _NUMBER, _TEXT = {"type": "number", "exclusiveMinimum": 0}, {"type": "string", "minLength": 1}
+_COUNT = {"type": "number", "minimum": 0}
 
 
 def _object(**properties) -> dict:
@@ -42,13 +44,21 @@ SCHEMA = _object(
     copy_bytes_per_s=_NUMBER,
     bytes=_NUMBER,
     products=_list(rows=_NUMBER, bf16_ms=_NUMBER, bitsandbytes_ms=_NUMBER, apart_ms=_NUMBER, joined_ms=_NUMBER),
+    profiles={
+        "type": "object",
+        "additionalProperties": _list(kind={"enum": [*KINDS, IDLE]}, count=_COUNT, ms=_COUNT),
+        "required": list(WAYS),
+    },
+    speeds=_list(way={"enum": list(WAYS)}, engine=_TEXT, batch=_NUMBER, tok_s=_NUMBER),
 )
 
 
 def h100(file: Path = FILE) -> dict:
-    """The record that comes with the package: times in ms of all linear layers of one token, by rows of x, bandwidth in bytes/s.
+    """The record that comes with the package.
 
-    `bytes` are those of the weights in 4 bits; `apart` is a launch for each layer, `joined` as few as there can be.
+    `products`: ms of all linear layers of one token, by rows of x; `apart` is a launch for each layer, `joined` as few as there
+    can be. `bytes`: of those weights in 4 bits. `profiles`: `by_kind` of a step by a CUDA graph, for each of `WAYS`. `speeds`:
+    tokens/s of the whole model.
 
     Raises QwlibError where the file is not what `SCHEMA` says.
     """
@@ -62,7 +72,7 @@ def by_kind(kernels: dict[str, tuple[int, float]], step_ms: float) -> list[dict]
     """The kernels of one step, by name (how many, their ms together), as a list of `kind`, `count` and `ms`.
 
     `ms` of `idle` is what is left of `step_ms`: no kernel ran then. It is 0 where kernels overlap and add up to more. In a model
-    whose linear layers have 4 bits, the other large products are those of the head.
+    whose linear layers have 4 bits, the products in 16 bits are those of the output head.
     """
     found = {kind: {"kind": kind, "count": 0, "ms": 0.0} for kind in (*KINDS, IDLE)}
     for name, (count, ms) in kernels.items():

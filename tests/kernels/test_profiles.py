@@ -53,7 +53,7 @@ def test_kernels_are_sorted_by_their_names():
     found = {each["kind"]: (each["count"], each["ms"]) for each in profiles.by_kind(kernels, 5.0)}
     assert found == {
         "4-bit products": (132, 2.75),
-        "16-bit head": (1, 0.4),
+        "16-bit products": (1, 0.4),
         "attention": (34, pytest.approx(0.4)),
         "norms and the rest": (700, 1.0),
         "idle": (0, pytest.approx(0.45)),
