@@ -5,6 +5,7 @@ What a person types in a notebook stands here, each name imported when it is use
     with qwlib.load("smollm2-135m", "nf4-dq") as lm: …
     qwlib.estimate("llama-3.1-8b", "nf4-dq").total_bytes
     folder = qwlib.quantize("smollm2-135m", "gguf-q4_k_m")
+    folder, record = qwlib.finetune("smollm2-135m", "nf4-dq", "examples.jsonl", "runs/mine")
     records = list(qwlib.bench("smollm2-135m", ["nf4", folder], "runs/mine"))
 
 So do the modules that the notebooks use: `from qwlib import fourbit, plots`. docs/architecture.md tells where each of them lies.
@@ -21,6 +22,7 @@ FACE = {
     "Lm": "running.lm",
     "estimate": "models.estimates",
     "quantize": "loading.quantizing",
+    "finetune": "training.finetune",
     "bench": "measuring.bench",
     "came_true": "lessons.predictions",
     "MODELS": "models.catalog",

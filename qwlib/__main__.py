@@ -243,6 +243,66 @@ def merge(
 
 
 @app.command()
+def finetune(
+    first: FirstName = None,
+    second: Annotated[
+        str | None, typer.Argument(metavar="SCHEME", help="The scheme of the frozen weights. The default is nf4-dq.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A JSONL or CSV file with `prompt` and `answer`, or JSONL with `messages`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The new folder for what was trained.")] = None,
+    method: Annotated[str, typer.Option(help="`lora`, `rslora`, `dora`, or `full` with the scheme fp32.")] = "lora",
+    rank: Annotated[int, typer.Option(help="The rank of the adapter's matrices.")] = 16,
+    alpha: Annotated[float, typer.Option(help="The adapter's output is multiplied by alpha ÷ rank.")] = 32,
+    dropout: Annotated[float, typer.Option(help="The share of the adapter's inputs that a step leaves out.")] = 0.0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="A linear layer's name, such as q_proj. Repeat it for several. The default is all of them."),
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="The number of steps, in place of epochs.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples that are read at once.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches whose gradients are added up for a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
+    longest: Annotated[int, typer.Option(help="Tokens of an example; the rest is cut off.")] = 512,
+    validation: Annotated[float, typer.Option(help="The share of the examples that is held back to check.")] = 0.1,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many checks without a lower loss.")] = None,
+    every: Annotated[int | None, typer.Option(help="Steps between two checks. The default is a tenth of all.")] = None,
+    optimizer: Annotated[str, typer.Option(help="`adamw`, `adamw-8bit` or `paged`.")] = "adamw",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute activations twice, and keep none: less memory.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Draws the order, the split and the adapter's first values.")] = 0,
+    device: Annotated[str | None, typer.Option(help="`cpu` or `cuda`. The default is a GPU if there is one.")] = None,
+) -> None:
+    """Train a model on examples: LoRA, or QLoRA where the scheme has 4 bits.
+
+    Only the answers are learnt. The folder that is written holds an adapter,
+    which is named after its model: MODEL+FOLDER. If the command is killed, the
+    same command goes on from the last checkpoint.
+
+    Example: python -m qwlib finetune smollm2-135m nf4-dq --data examples.jsonl --out runs/mine
+    """
+    from .training import finetune as training
+
+    if data is None or out is None:
+        raise QwlibError("name the examples with --data FILE and the folder to write with --out FOLDER")
+    settings = {name: value for name, value in locals().items() if name in training.Settings.__dataclass_fields__} | {
+        "targets": tuple(target or ())
+    }
+    folder, told = training.finetune(_named(first, None), second or "nf4-dq", data, out, device=device, **settings)
+    found = told["training"]
+    print(f"{folder}: {found['trained_parameters']:,} parameters trained in {found['steps']} steps")
+    for kind in ("losses", "validation_losses"):
+        if found.get(kind):
+            ends = found[kind][0]["loss"], found[kind][-1]["loss"]
+            print(f"{kind.replace('_', ' ')}: {ends[0]:.3f} to {ends[1]:.3f}")
+    if found.get("kept_step", found["steps"]) != found["steps"]:
+        print(f"kept: the weights of step {found['kept_step']}, which had the lowest validation loss")
+
+
+@app.command()
 def bench(
     first: FirstName = None,
     more: Annotated[

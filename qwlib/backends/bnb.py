@@ -42,7 +42,8 @@ def fill(lm, source: str) -> None:
     finish(lm.model, lm.scheme, lm.dtype, lm.device)
     if not lm.saved:
         as_planned(lm, shapes)
-    hf.finish(lm)
+    with bnb_ends.left_out():  # an adapter is loaded in it
+        hf.finish(lm)
     lm.engine.kernel = choose_kernel(lm.model, lm.dtype, lm.kernel)
     if lm.arithmetic == torch.float32:
         multiply_in_float32(lm.model)

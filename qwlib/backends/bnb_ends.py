@@ -4,7 +4,9 @@ They are quantized some rows at a time, so that a GPU never holds them in 16 bit
 asked for; a tied head shares the codes with it.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import bitsandbytes as bnb
 import torch
@@ -55,9 +57,22 @@ class StoredEmbedding(nn.Module):
         rows = rows.to(self.dtype)
         return rows if self.scale is None else rows * self.scale.to(self.dtype)
 
+    left_out = False  # of the model's state, see `left_out`
+
     def _save_to_state_dict(self, *_):
         # bitsandbytes can't save its own quantized embeddings either; without this the scales would be lost silently
-        raise NotImplementedError("a quantized embedding can't be saved: save the model as nf4-dq, or in 16-bit")
+        if not self.left_out:
+            raise NotImplementedError("a quantized embedding can't be saved: save the model as nf4-dq, or in 16-bit")
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Within it, the state of a model lacks its quantized embedding. peft goes through the state to load and save adapters."""
+    StoredEmbedding.left_out = True
+    try:
+        yield
+    finally:
+        StoredEmbedding.left_out = False
 
 
 class StoredHead(nn.Module):

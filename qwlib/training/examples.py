@@ -1,0 +1,196 @@
+"""Training data: prompts with answers, or conversations, checked line by line and turned into token ids.
+
+Only the answers are learnt. The labels of all other tokens are -100, which PyTorch's cross-entropy leaves out. A prompt and its
+answer are tokenized apart, because a model that is asked reads the prompt alone and then generates.
+
+What it leaves out: several conversations in one row (packing). Without attention kernels for it, tokens would see other rows.
+"""
+
+import csv
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import files
+from ..errors import QwlibError
+from ..models import texts
+from ..running import chats
+
+IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation (`[{"role", "content"}]`) that ends with an answer, and where it stands in its file."""
+
+    messages: list[dict]
+    line: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids and labels of one example. `cut` is how many ids did not fit."""
+
+    ids: list[int]
+    labels: list[int]
+    line: int
+    cut: int = 0
+
+    @property
+    def learnt(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+def read(path: Path) -> list[Example]:
+    """The examples of a JSONL or CSV file, in its order.
+
+    A line has `prompt` and `answer`, or `messages` in the form of chat templates, the last one by the assistant.
+
+    Raises QwlibError that names the first line that is something else.
+    """
+    path = Path(path).expanduser()
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QwlibError(f"{path} can't be read ({error}): name a JSONL or CSV file in UTF-8") from None
+    rows = _csv(path.name, text) if path.suffix.lower() == ".csv" else _jsonl(path.name, text)
+    found = [Example(_messages(row, f"line {line} of {path.name}"), line) for line, row in rows]
+    if not found:
+        raise QwlibError(f"{path.name} holds no examples")
+    return found
+
+
+def _csv(name: str, text: str) -> list[tuple[int, dict]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise QwlibError(f"line {reader.line_num} of {name} can't be read as CSV: {error}") from None
+    if not rows or not {"prompt", "answer"} <= set(rows[0][1]):
+        raise QwlibError(f"{name} needs a head with the columns prompt and answer")
+    head = rows[0][1]
+    for line, cells in rows[1:]:
+        if len(cells) != len(head):
+            raise QwlibError(
+                f"line {line} of {name} has {len(cells)} cells, its head {len(head)}: put texts with commas in quotes"
+            )
+    return [(line, dict(zip(head, cells, strict=True))) for line, cells in rows[1:]]
+
+
+def _jsonl(name: str, text: str) -> list[tuple[int, dict]]:
+    found = []
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except ValueError as error:
+            raise QwlibError(f"line {line} of {name} is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise QwlibError(f"line {line} of {name} is no object with prompt and answer, or with messages")
+        found.append((line, row))
+    return found
+
+
+def _messages(row: dict, where: str) -> list[dict]:
+    if ("messages" in row) == ("prompt" in row):
+        raise QwlibError(f"{where} needs either messages, or prompt and answer")
+    if "prompt" in row:
+        if "answer" not in row:
+            raise QwlibError(f"{where} has a prompt and no answer")
+        given = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
+    else:
+        given = row["messages"]
+    if not isinstance(given, list) or not given:
+        raise QwlibError(f"{where}: messages are a list of objects with role and content")
+    found = []
+    for message in given:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise QwlibError(f"{where}: each message has a role, which is one of {', '.join(ROLES)}")
+        content = texts.checked(message.get("content"), f"{where}: what the {message['role']} says")
+        if not content.strip():
+            raise QwlibError(f"{where}: what the {message['role']} says is empty")
+        found.append({"role": message["role"], "content": content})
+    if found[-1]["role"] != "assistant":
+        raise QwlibError(f"{where} ends with the {found[-1]['role']}: the last message is the answer to learn")
+    return found
+
+
+def sha256(examples: Sequence[Example]) -> str:
+    """A hash of what is said in them."""
+    return files.sha256_text(json.dumps([each.messages for each in examples], ensure_ascii=False))
+
+
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(for training, for validation): `share` of the examples, drawn by `seed`, are held back. Both keep the file's order."""
+    held = set(random.Random(seed).sample(range(len(examples)), round(share * len(examples))))
+    kept = [each for place, each in enumerate(examples) if place not in held]
+    return kept, [each for place, each in enumerate(examples) if place in held]
+
+
+def tokenized(lm, examples: Sequence[Example], longest: int) -> list[Tokens]:
+    """Token ids and labels by the model's chat template, or as prompt, answer and end of text where it has none.
+
+    Rows with more than `longest` ids lose their end.
+
+    Raises QwlibError for an example whose answers lose all their tokens.
+    """
+    found = []
+    for example in examples:
+        ids, labels = [], []
+        for text, learnt in _pieces(lm, example.messages):
+            piece = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += piece
+            labels += piece if learnt else [IGNORED] * len(piece)
+        if not any(label != IGNORED for label in labels[:longest]):
+            raise QwlibError(
+                f"line {example.line}: no token of its answer is among the first {longest}: allow more, or shorten the prompt"
+            )
+        found.append(Tokens(ids[:longest], labels[:longest], example.line, max(0, len(ids) - longest)))
+    return found
+
+
+def _pieces(lm, messages: list[dict]) -> list[tuple[str, bool]]:
+    """The text of a conversation in pieces, and whether each is learnt: answers are, with what ends them."""
+    tokenizer = lm.tokenizer
+    if not tokenizer.chat_template:
+        found = [(tokenizer.bos_token or "", False)]
+        for message in messages:
+            answer = message["role"] == "assistant"
+            found.append((message["content"] + ((tokenizer.eos_token or "") if answer else "\n"), answer))
+        return found
+    found, so_far = [], ""
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = chats.rendered(tokenizer, messages[:place], lm.row.name)
+        whole = chats.rendered(tokenizer, messages[: place + 1], lm.row.name, add_generation_prompt=False)
+        if not (asked.startswith(so_far) and whole.startswith(asked)):
+            raise QwlibError(
+                f"{lm.row.name}: its chat template changes earlier messages when later ones follow: answers can't be told apart"
+            )
+        answer = whole[len(asked) :].rstrip()  # some templates end with a new line, which belongs to the next message
+        found += [(asked[len(so_far) :], False), (answer, True)]
+        so_far = asked + answer
+    return found
+
+
+def batch(rows: Sequence[Tokens], pad: int):
+    """One batch: `input_ids`, `attention_mask` and `labels` (rows × longest), padded on the right with `pad` and -100."""
+    import torch
+
+    width = max(len(row.ids) for row in rows)
+
+    def filled(lists, fill: int):
+        return torch.tensor([[*each, *[fill] * (width - len(each))] for each in lists])
+
+    return {
+        "input_ids": filled([row.ids for row in rows], pad),
+        "attention_mask": filled([[1] * len(row.ids) for row in rows], 0),
+        "labels": filled([row.labels for row in rows], IGNORED),
+        "lines": torch.tensor([row.line for row in rows]),
+    }

@@ -1,0 +1,161 @@
+"""Training data: what is refused with its line, and which tokens are learnt."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwlib import QwlibError
+from qwlib.training import examples
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "Another one?"},
+    {"role": "assistant", "content": "Dark red."},
+]
+
+
+def file(tmp_path, *rows, name="data.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def one(prompt="Is it raining?", answer="Yes."):
+    return examples.Example([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], 1)
+
+
+def test_both_forms_and_both_kinds_of_file_hold_the_same(tmp_path):
+    pair = {"prompt": "Hi", "answer": "Hello, you"}
+    messages = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, you"}]}
+    first, second = examples.read(file(tmp_path, pair, "", messages))
+    assert first.messages == second.messages
+    assert (first.line, second.line) == (1, 3)
+    (third,) = examples.read(file(tmp_path, 'prompt,answer\nHi,"Hello, you"', name="data.csv"))
+    assert third.messages == first.messages
+    assert third.line == 2
+    assert examples.sha256([first]) == examples.sha256([third])
+    assert examples.sha256([first]) != examples.sha256([first, second])
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ("{", "line 2 of data.jsonl is no JSON"),
+        ("[1]", "line 2 of data.jsonl is no object"),
+        ({"prompt": "a"}, "line 2 of data.jsonl has a prompt and no answer"),
+        ({"question": "a", "answer": "b"}, "line 2 of data.jsonl needs either messages, or prompt and answer"),
+        ({"prompt": "a", "answer": " "}, "line 2 of data.jsonl: what the assistant says is empty"),
+        ({"prompt": 1, "answer": "b"}, "line 2 of data.jsonl: what the user says is no text but a int"),
+        ({"prompt": "a", "answer": "\ud800"}, "half of a character"),
+        ({"messages": []}, "messages are a list of objects"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "one of system, user, assistant"),
+        ({"messages": TURNS[:4]}, "ends with the user: the last message is the answer to learn"),
+    ],
+)
+def test_the_first_line_that_is_something_else_is_named(row, why, tmp_path):
+    good = {"prompt": "a", "answer": "b"}
+    with pytest.raises(QwlibError, match=why):
+        examples.read(file(tmp_path, good, row, good))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a,b\n1,2", "needs a head with the columns prompt and answer"),
+        ("prompt,answer\n1,2,3", "line 2 of data.csv has 3 cells, its head 2"),
+        ('prompt,answer\n1,"2', "can't be read as CSV"),
+        ("prompt,answer", "holds no examples"),
+    ],
+)
+def test_a_csv_file_that_is_none_is_refused(text, why, tmp_path):
+    with pytest.raises(QwlibError, match=why):
+        examples.read(file(tmp_path, text, name="data.csv"))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(QwlibError, match=r"none\.jsonl can't be read"):
+        examples.read(tmp_path / "none.jsonl")
+
+
+def learnt(lm, tokens) -> list[str]:
+    """The runs of learnt tokens as text."""
+    runs, before = [], False
+    for label in tokens.labels:
+        if label != examples.IGNORED:
+            runs = [*(runs if before else [*runs, []])]
+            runs[-1].append(label)
+        before = label != examples.IGNORED
+    return [lm.tokenizer.decode(run) for run in runs]
+
+
+def test_only_answers_are_learnt_with_what_ends_them(shallow16):
+    (tokens,) = examples.tokenized(shallow16, [examples.Example(TURNS, 1)], 512)
+    assert learnt(shallow16, tokens) == ["Blue.<|im_end|>", "Dark red.<|im_end|>"]
+    whole = shallow16.tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert shallow16.tokenizer.decode(tokens.ids) == whole.rstrip()
+    assert [label for label in tokens.labels if label >= 0] == [
+        i for i, label in zip(tokens.ids, tokens.labels, strict=True) if label >= 0
+    ]
+    assert tokens.cut == 0
+
+
+def test_the_prompt_is_what_a_model_is_asked(shallow16):
+    """Token for token: else it would learn to answer after tokens that it never sees."""
+    (tokens,) = examples.tokenized(shallow16, [one()], 512)
+    asked = shallow16.chat("Is it raining?")[0].tolist()
+    assert tokens.ids[: len(asked)] == asked
+    assert tokens.labels[: len(asked)] == [examples.IGNORED] * len(asked)
+
+
+def test_without_a_template_the_text_is_prompt_answer_and_end(shallow16):
+    import copy
+
+    tokenizer = copy.deepcopy(shallow16.tokenizer)
+    tokenizer.chat_template = None
+    plain = SimpleNamespace(tokenizer=tokenizer, row=shallow16.row)
+    (tokens,) = examples.tokenized(plain, [one()], 512)
+    assert learnt(plain, tokens) == ["Yes." + tokenizer.eos_token]
+    assert tokenizer.decode(tokens.ids).endswith("Is it raining?\nYes." + tokenizer.eos_token)
+
+
+def test_a_template_that_rewrites_earlier_messages_is_refused(shallow16):
+    import copy
+
+    tokenizer = copy.deepcopy(shallow16.tokenizer)
+    tokenizer.chat_template = "{{ messages|length }}: {% for m in messages %}{{ m.content }} {% endfor %}"
+    with pytest.raises(QwlibError, match="its chat template changes earlier messages"):
+        examples.tokenized(SimpleNamespace(tokenizer=tokenizer, row=shallow16.row), [one()], 512)
+
+
+def test_what_is_too_long_loses_its_end_and_an_answer_never_all(shallow16):
+    (whole,) = examples.tokenized(shallow16, [one(answer="No, " * 30)], 512)
+    (cut,) = examples.tokenized(shallow16, [one(answer="No, " * 30)], len(whole.ids) - 10)
+    assert cut.ids == whole.ids[:-10]
+    assert cut.cut == 10
+    assert 0 < cut.learnt == whole.learnt - 10
+    with pytest.raises(QwlibError, match="line 1: no token of its answer is among the first 8"):
+        examples.tokenized(shallow16, [one()], 8)
+
+
+def test_a_split_is_drawn_by_its_seed_and_loses_nothing():
+    rows = [one(str(n)) for n in range(40)]
+    kept, held = examples.split(rows, 0.25, seed=3)
+    assert len(held) == 10
+    assert sorted(map(str, kept + held)) == sorted(map(str, rows))
+    assert examples.split(rows, 0.25, seed=3) == (kept, held)
+    assert examples.split(rows, 0.25, seed=4) != (kept, held)
+    assert examples.split(rows, 0.0, seed=3) == (rows, [])
+
+
+def test_a_batch_is_padded_on_the_right():
+    rows = [examples.Tokens([5, 6, 7], [-100, 6, 7], 4), examples.Tokens([8], [8], 9)]
+    batch = examples.batch(rows, 0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert batch["lines"].tolist() == [4, 9]
+    assert batch["input_ids"].dtype == torch.int64
