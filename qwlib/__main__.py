@@ -249,7 +249,11 @@ def finetune(
         str | None, typer.Argument(metavar="SCHEME", help="The scheme of the frozen weights. The default is nf4-dq.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A JSONL or CSV file with `prompt` and `answer`, or JSONL with `messages`.")
+        Path | None,
+        typer.Option(
+            help="A JSONL or CSV file with `prompt` and `answer`, or JSONL with `messages`. Or `guard:training`: messages of the "
+            "project's own for a safety guard."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The new folder for what was trained.")] = None,
     method: Annotated[str, typer.Option(help="`lora`, `rslora`, `dora`, or `full` with the scheme fp32.")] = "lora",

@@ -5,13 +5,14 @@ NeMo Guardrails, the literal `response: agent:` included. The others' prompts ar
 """
 
 import functools
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 
 from ..errors import unknown
-from . import verdicts
+from . import labelled, verdicts
 from .verdicts import TAXONOMY
 
 
@@ -49,6 +50,17 @@ def defused(text: str, special: Sequence[str] = ()) -> str:
     while found := next((token for token in special if token in text), None):
         text = text.replace(found, f"{found[0]} {found[1:]}")
     return text
+
+
+def taught(row: labelled.Row) -> list[dict]:
+    """A labelled row as a conversation in NemoGuard's official format: its prompt, and the answer that is right."""
+    rated = row.response if row.response_label is not None else None
+    ratings = {"User Safety": row.label} | ({} if rated is None else {"Response Safety": row.response_label})
+    answer = {key: ("safe", "unsafe")[label] for key, label in ratings.items()}
+    if any(ratings.values()) and row.category:
+        answer["Safety Categories"] = row.category
+    asked = _nemoguard(row.prompt, rated, TAXONOMY)
+    return [*asked, {"role": "assistant", "content": json.dumps(answer)}]
 
 
 def _nemoguard(prompt, response, taxonomy) -> list[dict]:

@@ -1,8 +1,9 @@
 """Sets of messages with labels, on which a guard is measured: safe or unsafe, and why.
 
 The project's own set, `own`, needs no network: 264 prompts in mild words, half of them unsafe in intent, half safe, most of the
-safe ones look-alikes ("How do I kill a Python process?"). A third of it, `tune`, is there to fix a threshold on. The sets that
-others published are read from the Hub or from a file, and are for evaluation only.
+safe ones look-alikes ("How do I kill a Python process?"). A third of it, `tune`, is there to fix a threshold on. `training` has
+more messages of the same kind, to train a guard on. The sets that others published are read from the Hub or from a file, and are
+for evaluation only.
 
 What it leaves out: conversations, and languages other than English.
 """
@@ -24,6 +25,7 @@ from .verdicts import TAXONOMY
 ALIASES = {"Guns/Illegal Weapons": "Guns and Illegal Weapons"}
 _AEGIS = ("nvidia/Aegis-AI-Content-Safety-Dataset-2.0", "test.json")
 _XSTEST = ("Paul/XSTest", "xstest_prompts.csv")
+PACKAGED = {"own": "safety_prompts.jsonl", "training": "training_prompts.jsonl"}
 LABELS = {"safe": 0, "unsafe": 1}
 
 
@@ -79,7 +81,7 @@ class Labelled:
 
 
 def load(source: str = "own") -> Labelled:
-    """`own`, `xstest` or `aegis2` (both from the Hub), or a CSV, JSON or JSONL file with columns `prompt` and `label`.
+    """`own`, `training`, `xstest` or `aegis2` (both from the Hub), or a CSV, JSON or JSONL file with `prompt` and `label`.
 
     Further columns that are read: `response`, `response_label`, `category`, `split`. Labels are safe and unsafe. Messages are
     taken byte for byte; empty and redacted ones are counted in `skipped`.
@@ -87,9 +89,9 @@ def load(source: str = "own") -> Labelled:
     Raises QwlibError for a file or set that can't be had, a missing column, a label that is neither, a set of one kind, and for a
     row that would lose something: too many or too few cells, two of one name, a message that is no text.
     """
-    if source == "own":
-        text = (resources.files(__package__) / "safety_prompts.jsonl").read_text(encoding="utf-8")
-        return _labelled("own", [json.loads(line) for line in text.splitlines()])
+    if source in PACKAGED:
+        text = (resources.files(__package__) / PACKAGED[source]).read_text(encoding="utf-8")
+        return _labelled(source, [json.loads(line) for line in text.splitlines()])
     if source == "xstest":
         return _labelled("XSTest", _read(Path(hub.fetch_data(*_XSTEST))))
     if source == "aegis2":
@@ -101,7 +103,9 @@ def load(source: str = "own") -> Labelled:
         there = False  # a name that no file can have, an unknown `~user`, no text at all
     if not there:
         shown = source if isinstance(source, str) and len(source) < 100 else f"{str(source)[:60]}…"
-        raise QwlibError(f"no such set of messages: {shown}; name own, xstest, aegis2, or a CSV, JSON or JSONL file")
+        raise QwlibError(
+            f"no such set of messages: {shown}; name own, xstest, aegis2, training, or a CSV, JSON or JSONL file"
+        )
     found = _read(path)
     return _labelled(path.name, [_of_aegis(row) if "prompt_label" in row else row for row in found])
 

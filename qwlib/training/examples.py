@@ -16,9 +16,11 @@ from pathlib import Path
 
 from .. import files
 from ..errors import QwlibError
+from ..guard import guards, labelled
 from ..models import texts
 from ..running import chats
 
+GUARD = "guard:"
 IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index
 ROLES = ("system", "user", "assistant")
 
@@ -45,14 +47,18 @@ class Tokens:
         return sum(label != IGNORED for label in self.labels)
 
 
-def read(path: Path) -> list[Example]:
+def read(data: Path | str) -> list[Example]:
     """The examples of a JSONL or CSV file, in its order.
 
-    A line has `prompt` and `answer`, or `messages` in the form of chat templates, the last one by the assistant.
+    A line has `prompt` and `answer`, or `messages` in the form of chat templates, the last one by the assistant. `guard:SET` are
+    the messages of a set that `labelled.load` knows, in NemoGuard's official format with the right answers.
 
     Raises QwlibError that names the first line that is something else.
     """
-    path = Path(path).expanduser()
+    if str(data).startswith(GUARD):
+        rows = labelled.load(str(data).removeprefix(GUARD)).rows
+        return [Example(guards.taught(row), line) for line, row in enumerate(rows, start=1)]
+    path = Path(data).expanduser()
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -28,12 +28,40 @@ def alike(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
+def most_alike(texts: list[str], others: list[str]) -> float:
+    """The highest likeness between a text and another one, of both lists; pairs within `others` are left out."""
+    every = [shingles(text) for text in [*others, *texts]]
+    having, most = collections.defaultdict(list), 0.0
+    for place, own in enumerate(every):
+        if place >= len(others):
+            shared = collections.Counter(other for shingle in own for other in having[shingle])
+            most = max([most, *(n / (len(own) + len(every[other]) - n) for other, n in shared.items())])
+        for shingle in own:
+            having[shingle].append(place)
+    return most
+
+
 def test_no_two_prompts_share_a_template(own):
     prompts = own.prompts
-    assert max(alike(*pair) for pair in itertools.combinations(prompts, 2)) < 0.25
+    assert most_alike(prompts, []) < 0.25
+    assert most_alike(prompts[:40], []) == max(alike(*pair) for pair in itertools.combinations(prompts[:40], 2))
     assert alike("How do I kill a Python process?", "How do I kill a Ruby process?") > 0.25
     heads = collections.Counter(" ".join(prompt.lower().split()[:3]) for prompt in prompts)
     assert max(heads.values()) <= 4
+
+
+def test_what_a_guard_is_trained_on_shares_no_template_with_what_it_is_measured_on(own):
+    training = labelled.load("training")
+    assert len(training.rows) >= 900
+    assert not training.skipped
+    assert {row.split for row in training.rows} == {"train"}
+    assert most_alike(training.prompts, own.prompts) < 0.25
+    planted = own.prompts[7].replace("the", "a", 1)
+    assert most_alike([*training.prompts, planted], own.prompts) > 0.25
+    for unsafe, safe in labelled.categories(training).values():
+        assert unsafe == safe >= 20
+    assert len(labelled.categories(training)) == len(TAXONOMY)
+    assert sum(row.response_label is not None for row in training.rows) >= 100
 
 
 def test_it_is_balanced_over_labels_categories_and_splits(own):

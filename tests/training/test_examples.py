@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qwlib import QwlibError
+from qwlib.guard import guards, labelled, verdicts
 from qwlib.training import examples
 
 TURNS = [
@@ -159,3 +160,20 @@ def test_a_batch_is_padded_on_the_right():
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert batch["lines"].tolist() == [4, 9]
     assert batch["input_ids"].dtype == torch.int64
+
+
+def test_a_guard_s_set_is_its_official_prompt_with_the_right_answer():
+    rows = labelled.load("own").rows
+    found = examples.read("guard:own")
+    assert len(found) == len(rows)
+    for row, example in zip(rows, found, strict=True):
+        asked, answer = example.messages
+        rated = row.response if row.response_label is not None else None
+        assert asked == {"role": "user", "content": guards.nemoguard_prompt(row.prompt, rated)}
+        verdict = verdicts.nemoguard(answer["content"], response=rated is not None)
+        assert verdict.error is None
+        assert verdict.user == ("safe", "unsafe")[row.label]
+        assert verdict.response == (None if rated is None else ("safe", "unsafe")[row.response_label])
+        assert bool(verdict.categories) == bool(row.category and (row.label or row.response_label))
+    with pytest.raises(QwlibError, match="no such set of messages: none"):
+        examples.read("guard:none")
