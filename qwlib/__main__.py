@@ -289,10 +289,11 @@ def finetune(
     Example: python -m qwlib finetune smollm2-135m nf4-dq --data examples.jsonl --out runs/mine
     """
     from .training import finetune as training
+    from .training.settings import Settings
 
     if data is None or out is None:
         raise QwlibError("name the examples with --data FILE and the folder to write with --out FOLDER")
-    settings = {name: value for name, value in locals().items() if name in training.Settings.__dataclass_fields__} | {
+    settings = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__} | {
         "targets": tuple(target or ())
     }
     folder, told = training.finetune(_named(first, None), second or "nf4-dq", data, out, device=device, **settings)

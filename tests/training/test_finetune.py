@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from qwlib import __main__ as main
 from qwlib.backends import bnb as bnb_backend
 from qwlib.backends import bnb_ends
 from qwlib.measuring import record
-from qwlib.training import examples, finetune
+from qwlib.training import examples, finetune, loop
+from qwlib.training.settings import Settings
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "grey", "brown")
 SHORT = {"steps": 4, "batch": 4, "rank": 4, "every": 2, "learning_rate": 3e-3, "validation": 0.25, "device": "cpu"}
@@ -128,14 +130,14 @@ def test_full_fine_tuning_writes_a_checkpoint(made, shallow):
 def test_the_loop_by_hand_gives_the_same_losses(made, data, shallow):
     """torch's optimizer, transformers' own loss over all positions, and the order that Trainer draws."""
     _, told = made("bf16")
-    how = finetune.Settings(**{key: value for key, value in SHORT.items() if key != "device"})
+    how = Settings(**{key: value for key, value in SHORT.items() if key != "device"})
     kept, _ = examples.split(examples.read(data), how.validation, how.seed)
     with qwlib.load(str(shallow), "bf16", device="cpu") as lm:
         rows = examples.tokenized(lm, kept, how.longest)
         model = finetune.adapted(lm, how)
         model.train()
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(how.seed)).tolist()
-        optimizer = torch.optim.AdamW(finetune.trained(model).values(), how.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(loop.trained(model).values(), how.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / how.steps)).item())
         )
@@ -166,7 +168,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_positions(start, shallow):
     with qwlib.load(str(shallow), "fp32", device="cpu") as lm:
         rows = examples.tokenized(lm, rows, 512)
         batch = {key: value for key, value in examples.batch(rows, 0).items() if key != "lines"}
-        assert (finetune._shared(batch["input_ids"]) >= finetune.SHARED) == bool(start)
+        assert (loop._shared(batch["input_ids"]) >= loop.SHARED) == bool(start)
         read = []
         lm.model.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
         lm.model.train()
@@ -178,14 +180,14 @@ def test_the_loss_and_its_gradients_are_those_of_all_positions(start, shallow):
         whole = lm.model(**batch).loss
         wanted = gradient(whole)
         del read[:]
-        found = finetune.loss(lm.model, batch)
+        found = loop.loss(lm.model, batch)
         got = gradient(found)
         assert sum(read) == batch["input_ids"].numel() if not start else sum(read) < 0.6 * batch["input_ids"].numel()
-        halved = finetune.loss(lm.model, batch, tokens=2 * sum(row.learnt for row in rows))
+        halved = loop.loss(lm.model, batch, tokens=2 * sum(row.learnt for row in rows))
         assert found.item() == pytest.approx(whole.item(), rel=1e-5)
         assert halved.item() == pytest.approx(whole.item() / 2, rel=1e-5)
         assert (got - wanted).norm() < 1e-4 * wanted.norm()
-        other = gradient(finetune.loss(lm.model, {key: value[:2] for key, value in batch.items()}))
+        other = gradient(loop.loss(lm.model, {key: value[:2] for key, value in batch.items()}))
         assert (other - wanted).norm() > 1e-2 * wanted.norm()
 
 
@@ -215,14 +217,14 @@ def test_gradients_go_through_4_bit_layers_as_through_their_weights_in_float32(c
 def test_a_run_that_is_killed_goes_on_with_the_same_losses(made, data, shallow, tmp_path):
     program = f"""
 import os, signal, transformers
-from qwlib.training import finetune
-plain = finetune.loss
+from qwlib.training import finetune, loop
+plain = loop.loss
 def loss(*args, calls=[]):
     calls.append(1)
     if len(calls) == 6:  # two steps, a validation of two batches, and the third step's
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*args)
-finetune.loss = loss
+loop.loss = loss
 finetune.finetune({str(shallow)!r}, "bf16", {str(data)!r}, {str(tmp_path / "out")!r}, **{SHORT!r})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=os.environ)
@@ -256,30 +258,39 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(data, shallow, tmp
 
 
 def test_a_loss_that_is_no_number_names_step_and_lines(data, shallow, tmp_path, monkeypatch):
-    plain = finetune.loss
-    monkeypatch.setattr(finetune, "loss", lambda *args: plain(*args) * float("nan"))
+    plain = loop.loss
+    monkeypatch.setattr(loop, "loss", lambda *args: plain(*args) * float("nan"))
     with pytest.raises(
         QwlibError, match=r"step 1: the loss of lines \d+, \d+, \d+, \d+ is nan: lower the learning rate"
     ):
         finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
 
 
-def test_a_full_disk_says_what_to_do_and_nothing_is_lost(made, data, shallow, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")], ids=repr
+)
+def test_a_full_disk_says_what_to_do_and_nothing_is_lost(error, made, data, shallow, tmp_path, monkeypatch):
     import transformers
 
-    saves = transformers.Trainer._save_checkpoint
+    saves, free = transformers.Trainer._save_checkpoint, shutil.disk_usage(tmp_path)
 
     def full(self, *args):
         if self.state.global_step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         saves(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Trainer, "_save_checkpoint", full)
+        patch.setattr(shutil, "disk_usage", lambda _: free._replace(free=0))
         with pytest.raises(QwlibError, match="is full: make room and call again"):
             finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
     _, told = finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
     assert told["training"]["losses"] == made("bf16")[1]["training"]["losses"]
+
+
+def test_other_errors_come_out_as_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), finetune._disk_told(tmp_path / "out"):
+        raise RuntimeError("something else")
 
 
 @pytest.mark.parametrize(

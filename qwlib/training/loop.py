@@ -1,0 +1,176 @@
+"""The training loop: transformers' `Trainer` with our batches and our loss.
+
+`Trainer` is installed already, it writes checkpoints from which a run goes on, and it is tested by many. trl's `SFTTrainer` is
+built on it and brings its own handling of data, which `examples.py` does here with line numbers.
+"""
+
+import math
+import statistics
+import time
+from pathlib import Path
+
+from ..errors import QwlibError
+from ..running.lm import Lm
+from . import examples
+from .settings import OPTIMIZERS, Settings
+
+SHARED = 32  # tokens that all rows of a batch begin with, from which on they are read once
+
+
+def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
+    """transformers' Trainer with our batches, which stops at the first loss that is no number."""
+    import transformers
+
+    class Trainer(transformers.Trainer):
+        seconds, tokens = (), ()
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            lines = inputs.pop("lines").tolist()
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if not loss.isfinite():
+                shown = ", ".join(map(str, lines))
+                raise QwlibError(
+                    f"step {self.state.global_step + 1}: the loss of lines {shown} is {loss.item()}: lower the learning rate, or "
+                    "look at these lines"
+                )
+            self.tokens = (*self.tokens, int(inputs["attention_mask"].sum()))
+            return loss
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            inputs.pop("lines")
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            found = loss(model, inputs, num_items_in_batch)
+            return (found, {}) if return_outputs else found
+
+        def _save(self, output_dir=None, state_dict=None):
+            super()._save(output_dir, trained(model) if state_dict is None else state_dict)
+
+        def told(self) -> dict:
+            history = self.state.log_history
+            losses = [{"step": e["step"], "loss": e["loss"]} for e in history if "loss" in e]
+            checks = [{"step": e["step"], "loss": e["eval_loss"]} for e in history if "eval_loss" in e]
+            found = {"steps": self.state.global_step, "losses": losses, "validation_losses": checks}
+            if checks:
+                found["kept_step"] = min(checks, key=lambda check: check["loss"])["step"]
+            if self.seconds:
+                found["step_s"] = statistics.median(self.seconds)
+                found["tok_s"] = sum(self.tokens) / sum(self.seconds)
+            return found
+
+    class Clock(transformers.TrainerCallback):
+        began = 0.0
+
+        def on_step_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            if lm.device.type == "cuda":
+                import torch
+
+                torch.cuda.synchronize()
+            made.seconds = (*made.seconds, time.perf_counter() - self.began)
+
+    per_step = how.batch * how.accumulate
+    steps = how.steps or max(1, math.ceil(len(train) * how.epochs / per_step))
+    every = min(how.every or max(1, steps // 10), steps)
+    checked = bool(validation)
+    recompute = {}
+    if how.recompute:  # transformers 5.23 calls it so
+        known = transformers.TrainingArguments.__dataclass_fields__
+        called = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        recompute = {called: True, f"{called}_kwargs": {"use_reentrant": False}}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(place),
+        max_steps=steps,
+        per_device_train_batch_size=how.batch,
+        per_device_eval_batch_size=how.batch,
+        gradient_accumulation_steps=how.accumulate,
+        learning_rate=how.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(how.warmup * steps),
+        optim=OPTIMIZERS[how.optimizer],
+        **recompute,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if checked else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=checked,
+        metric_for_best_model="eval_loss" if checked else None,
+        greater_is_better=False,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=how.seed,
+        use_cpu=lm.device.type == "cpu",
+    )
+    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id or 0
+    callbacks = [Clock()]
+    if how.patience:
+        callbacks.append(transformers.EarlyStoppingCallback(how.patience))
+    made = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=list(train),
+        eval_dataset=list(validation) if checked else None,
+        data_collator=lambda rows: examples.batch(rows, pad),
+        callbacks=callbacks,
+    )
+    made.model_accepts_loss_kwargs = True  # the loss of a step is the mean over the tokens of all its batches
+    made.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return made
+
+
+def loss(model, inputs: dict, tokens=None):
+    """Cross-entropy of the labels that are learnt, in nats: summed and divided by `tokens`, or by their number in this batch.
+
+    Scores are computed only where a label follows that is learnt in some row. With a large vocabulary and short answers, the
+    scores of all positions would take most of the memory. What all rows of the batch begin with (a system message, a guard's long
+    instructions) is read once, and its keys and values serve all rows; gradients flow through them.
+    """
+    from torch.nn.functional import cross_entropy
+
+    ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"][:, 1:]
+    places = (labels != examples.IGNORED).any(0).nonzero()[:, 0]
+    wanted = labels[:, places]
+    length = min(_shared(ids), int(places[0]))
+    cache = None
+    if length >= SHARED and not model.is_gradient_checkpointing:
+        cache = model(input_ids=ids[:1, :length], use_cache=True, logits_to_keep=1).past_key_values
+        if any(cache.is_sliding):
+            cache = None
+    if cache is None:
+        length = 0
+    else:
+        cache.batch_repeat_interleave(len(ids))
+    scores = model(
+        input_ids=ids[:, length:],
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=places - length,
+    ).logits
+    total = cross_entropy(
+        scores.float().flatten(0, 1), wanted.flatten(), ignore_index=examples.IGNORED, reduction="sum"
+    )
+    return total / ((wanted != examples.IGNORED).sum() if tokens is None else tokens)
+
+
+def _shared(ids) -> int:
+    """How many tokens all rows (rows × length) begin with. One row shares none."""
+    if len(ids) == 1:
+        return 0
+    same = (ids == ids[:1]).all(0).long()
+    return int(same.cumprod(0).sum())
+
+
+def trained(model) -> dict:
+    """Name → parameter that is trained. Saving reads these alone, because quantized embeddings can't be saved."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,71 @@
+"""How a model is trained: the settings, and which values they may have."""
+
+import math
+from dataclasses import asdict, dataclass
+
+from ..errors import QwlibError, unknown, whole_number
+
+METHODS = ("lora", "rslora", "dora", "full")
+# transformers' names
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw-8bit": "adamw_bnb_8bit", "paged": "paged_adamw_32bit"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained.
+
+    `method`: `lora`, `rslora` (scaled by 1/√rank, arXiv 2312.03732), `dora` (with learnt magnitudes, arXiv 2402.09353), or
+    `full`, which trains all weights in float32. `rank`, `alpha`, `dropout`: of an adapter, whose output is multiplied by alpha ÷
+    rank. `targets`: names of linear layers such as `q_proj`; without any, all of them but the output head, as in the QLoRA paper
+    (arXiv 2305.14314).
+
+    `steps` comes before `epochs`. A step is `accumulate` batches of `batch` examples. The learning rate rises for the share
+    `warmup` of the steps and then falls along a cosine to 0. `longest`: tokens of an example. `optimizer`: `adamw`,
+    `adamw-8bit`, or `paged`, which moves to the host what does not fit into a GPU. `recompute`: activations are computed again
+    in the backward pass and not kept (gradient checkpointing).
+
+    `validation`: the share of the examples that is held back; the weights with the lowest loss on it are kept. `every`: steps
+    between two validations, and between two checkpoints; a tenth of the run if it is not given. `patience`: validations without
+    a lower loss after which training stops.
+    """
+
+    method: str = "lora"
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    epochs: float = 1
+    steps: int | None = None
+    batch: int = 8
+    accumulate: int = 1
+    learning_rate: float = 2e-4
+    warmup: float = 0.05
+    longest: int = 512
+    validation: float = 0.1
+    patience: int | None = None
+    every: int | None = None
+    optimizer: str = "adamw"
+    recompute: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        for name in ("rank", "batch", "accumulate", "longest", "steps", "every", "patience"):
+            if getattr(self, name) is not None:
+                whole_number(getattr(self, name), name)
+        whole_number(self.seed, "seed", 0)
+        for name in ("epochs", "learning_rate", "alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise QwlibError(f"{name} must be more than 0, not {getattr(self, name)}")
+        for name in ("dropout", "warmup", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise QwlibError(f"{name} is a share from 0 to less than 1, not {getattr(self, name)}")
+        if self.patience and not self.validation:
+            raise QwlibError("patience needs validation: a share of the examples to hold back")
+
+    def told(self) -> dict:
+        """The settings that are set, as JSON holds them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
