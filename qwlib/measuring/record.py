@@ -160,7 +160,6 @@ RECORD = _part(
             validation_examples=_COUNT,
             tokens=_COUNT,
             learnt_tokens=_COUNT,
-            cut_examples=_COUNT,
         ),
         steps=_COUNT,
         resumed_at=_COUNT,

@@ -35,12 +35,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and labels of one example. `cut` is how many ids did not fit."""
+    """Token ids and labels of one example."""
 
     ids: list[int]
     labels: list[int]
     line: int
-    cut: int = 0
 
     @property
     def learnt(self) -> int:
@@ -79,6 +78,8 @@ def _csv(name: str, text: str) -> list[tuple[int, dict]]:
     if not rows or not {"prompt", "answer"} <= set(rows[0][1]):
         raise QwlibError(f"{name} needs a head with the columns prompt and answer")
     head = rows[0][1]
+    if twice := [column for column in head if head.count(column) > 1]:
+        raise QwlibError(f"{name} has two columns called {twice[0]!r}: rename the one that is not meant")
     for line, cells in rows[1:]:
         if len(cells) != len(head):
             raise QwlibError(
@@ -94,7 +95,7 @@ def _jsonl(name: str, text: str) -> list[tuple[int, dict]]:
             continue
         try:
             row = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise QwlibError(f"line {line} of {name} is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise QwlibError(f"line {line} of {name} is no object with prompt and answer, or with messages")
@@ -141,10 +142,11 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
 def tokenized(lm, examples: Sequence[Example], longest: int) -> list[Tokens]:
     """Token ids and labels by the model's chat template, or as prompt, answer and end of text where it has none.
 
-    Rows with more than `longest` ids lose their end.
-
-    Raises QwlibError for an example whose answers lose all their tokens.
+    Raises QwlibError where examples have more than `longest` ids, or more than the model has positions. None is cut, because it
+    would teach answers that do not end.
     """
+    if lm.longest and longest > lm.longest:
+        raise QwlibError(f"{lm.row.name} has {lm.longest} positions: longest can't be {longest}")
     found = []
     for example in examples:
         ids, labels = [], []
@@ -152,11 +154,13 @@ def tokenized(lm, examples: Sequence[Example], longest: int) -> list[Tokens]:
             piece = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids += piece
             labels += piece if learnt else [IGNORED] * len(piece)
-        if not any(label != IGNORED for label in labels[:longest]):
-            raise QwlibError(
-                f"line {example.line}: no token of its answer is among the first {longest}: allow more, or shorten the prompt"
-            )
-        found.append(Tokens(ids[:longest], labels[:longest], example.line, max(0, len(ids) - longest)))
+        found.append(Tokens(ids, labels, example.line))
+    if long := [each for each in found if len(each.ids) > longest]:
+        most = max(len(each.ids) for each in long)
+        raise QwlibError(
+            f"{len(long)} of {len(found)} examples have more than {longest} tokens, line {long[0].line} first and up to {most}: "
+            "raise longest, or shorten them"
+        )
     return found
 
 

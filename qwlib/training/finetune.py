@@ -56,42 +56,56 @@ def finetune(
     with load(row, scheme, device=device, engine="eager") as lm:
         if lm.scheme.backend not in ("transformers", "bitsandbytes"):
             raise QwlibError(f"{lm.scheme.name} can't be trained: choose a 16-bit scheme, or one of bitsandbytes")
+        if lm.device.type == "cpu" and "float16" in str(lm.dtype).split("."):
+            raise QwlibError(f"{lm.scheme.name} can't be trained on a CPU in float16: choose bf16 or fp32")
+        if lm.device.index:
+            raise QwlibError(f"training runs on the first GPU, not on {lm.device}: choose it with CUDA_VISIBLE_DEVICES")
         kept, held = examples.split(given, how.validation, how.seed)
         if how.validation and not (kept and held):
             raise QwlibError(f"{len(given)} examples can't be split: give more, or validation=0")
         parts = [examples.tokenized(lm, part, how.longest) for part in (kept, held)]
+        used = memory.used_bytes(lm.device)
         lm.model = adapted(lm, how)
-        _claim(place, lm, how, given)
-        with _disk_told(place):
-            found = _train(lm, how, *parts, place)
-        told = record.new(
-            "training",
-            model=describing.describe_model(lm, estimates.estimate(row, lm.scheme.name).parameters),
-            scheme=describing.describe_scheme(lm.scheme, lm.manifest),
-            memory=dict(lm.memory),
-            training=found | {"settings": how.told(), "data": _about(data, given, parts)},
-        )
-        told["env"] |= describing.describe_choices(lm)
-        record.write(told, place / "kept" / RECORD)
-        (place / "kept").rename(out)
-        shutil.rmtree(place, ignore_errors=True)
+        with _explained(place), files.alone(place):
+            _claim(place, lm, how, given)
+            found = _train(lm, how, *parts, place, used)
+            told = record.new(
+                "training",
+                model=describing.describe_model(lm, estimates.estimate(row, lm.scheme.name).parameters),
+                scheme=describing.describe_scheme(lm.scheme, lm.manifest),
+                memory=dict(lm.memory),
+                training=found | {"settings": how.told(), "data": _about(data, given, parts)},
+            )
+            told["env"] |= describing.describe_choices(lm)
+            record.write(told, place / "kept" / RECORD)
+            (place / "kept").rename(out)
+            shutil.rmtree(place, ignore_errors=True)
     return out, told
 
 
 @contextlib.contextmanager
-def _disk_told(place: Path) -> Iterator[None]:
-    """A full disk as one line. torch and safetensors have errors of their own for it."""
+def _explained(place: Path) -> Iterator[None]:
+    """A folder that can't be written, a full disk, and a batch that does not fit as one line.
+
+    torch and safetensors have errors of their own for a full disk.
+    """
+    import torch
+
     try:
         yield
     except QwlibError:
         raise
+    except torch.OutOfMemoryError:
+        raise QwlibError("a batch does not fit into the GPU: take fewer examples at once, or recompute=True") from None
     except Exception as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full and shutil.disk_usage(place.parent).free > 1 << 20:
-            raise
-        raise QwlibError(
-            f"the disk of {place.parent} is full: make room and call again, which goes on from the last checkpoint"
-        ) from None
+        if full or (place.parent.is_dir() and shutil.disk_usage(place.parent).free < 1 << 20):
+            raise QwlibError(
+                f"the disk of {place.parent} is full: make room and call again, which goes on from the last checkpoint"
+            ) from None
+        if isinstance(error, OSError):
+            raise QwlibError(f"{place} can't be written: {error}") from None
+        raise
 
 
 def _about(data: Path, given, parts) -> dict:
@@ -103,7 +117,6 @@ def _about(data: Path, given, parts) -> dict:
         "validation_examples": len(parts[1]),
         "tokens": sum(len(each.ids) for each in tokens),
         "learnt_tokens": sum(each.learnt for each in tokens),
-        "cut_examples": sum(each.cut > 0 for each in tokens),
     }
 
 
@@ -132,9 +145,12 @@ def adapted(lm: Lm, how: Settings):
     if how.method == "full":
         return lm.model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
-    head = lm.model.get_output_embeddings()
-    linear = {n for n, m in lm.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    # parts that waited on the host while they were quantized are on the GPU by now, and peft would place them again
+    lm.model.hf_device_map = {"": lm.device}
+    head, kinds = lm.model.get_output_embeddings(), (torch.nn.Linear, Conv1D)
+    linear = {n for n, m in lm.model.named_modules() if isinstance(m, kinds) and m is not head}
     names = sorted({name.rpartition(".")[2] for name in linear})
     for target in how.targets:
         if target not in names:
@@ -152,8 +168,8 @@ def adapted(lm: Lm, how: Settings):
     return get_peft_model(lm.model, config)
 
 
-def _train(lm: Lm, how: Settings, train, validation, place: Path) -> dict:
-    """Train, leave what is kept in `place`/kept, and say what happened."""
+def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int) -> dict:
+    """Train, leave what is kept in `place`/kept, and say what happened. `used`: bytes before anything was made for training."""
     import torch
 
     # else bitsandbytes repacks the weights when a model is validated, and products with them can't be differentiated
@@ -164,16 +180,20 @@ def _train(lm: Lm, how: Settings, train, validation, place: Path) -> dict:
     frozen, learnt = [p for p in model.parameters() if not p.requires_grad], loop.trained(model)
     before, first = fingerprint(frozen), fingerprint(learnt.values())
     trainer = loop.trainer(model, lm, how, train, validation, place)
-    used, metered = memory.used_bytes(lm.device), memory.reset_peak(lm.device)
-    resumed = _last_checkpoint(place)
+    metered, resumed = memory.reset_peak(lm.device), _last_checkpoint(place)
     with bnb_ends.left_out():
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        if not (resumed and loop.ended(trainer, resumed)):
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     peak = memory.peak_bytes(lm.device) if metered else None
     trainer.accelerator.free_memory()  # it holds the model
     if fingerprint(frozen) != before:
         raise QwlibError("training changed weights that are frozen: please report this")
     if fingerprint(learnt.values()) == first:
         raise QwlibError("training changed nothing: raise the learning rate or the steps")
+    if not all(parameter.isfinite().all() for parameter in learnt.values()):
+        raise QwlibError(
+            f"the trained weights hold values that are no numbers: remove {place} and lower the learning rate"
+        )
     shutil.rmtree(place / "kept", ignore_errors=True)
     for parameter in learnt.values():
         parameter.data = parameter.data.to(torch.bfloat16)

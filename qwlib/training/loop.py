@@ -4,7 +4,6 @@
 built on it and brings its own handling of data, which `examples.py` does here with line numbers.
 """
 
-import math
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ SHARED = 32  # tokens that all rows of a batch begin with, from which on they ar
 
 def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
     """transformers' Trainer with our batches, which stops at the first loss that is no number."""
+    import torch
     import transformers
 
     class Trainer(transformers.Trainer):
@@ -36,12 +36,22 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
             self.tokens = (*self.tokens, int(inputs["attention_mask"].sum()))
             return loss
 
-        def prediction_step(self, model, inputs, *args, **kwargs):
-            inputs.pop("lines")
-            return super().prediction_step(model, inputs, *args, **kwargs)
+        def evaluate(self, *_, **__):
+            """The mean loss over all tokens that are learnt, so that it does not depend on how rows fall into batches."""
+            self.model.eval()
+            total = count = 0
+            with torch.no_grad():
+                for inputs in self.get_eval_dataloader():
+                    inputs = self._prepare_inputs(inputs)
+                    total += loss(self.model, inputs, 1, share=share).item()
+                    count += int((inputs["labels"][:, 1:] != examples.IGNORED).sum())
+            metrics = {"eval_loss": total / count}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            found = loss(model, inputs, num_items_in_batch)
+            found = loss(model, inputs, num_items_in_batch, share=share)
             return (found, {}) if return_outputs else found
 
         def _save(self, output_dir=None, state_dict=None):
@@ -67,13 +77,10 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
 
         def on_step_end(self, *_, **__):
             if lm.device.type == "cuda":
-                import torch
-
                 torch.cuda.synchronize()
             made.seconds = (*made.seconds, time.perf_counter() - self.began)
 
-    per_step = how.batch * how.accumulate
-    steps = how.steps or max(1, math.ceil(len(train) * how.epochs / per_step))
+    steps = how.steps_over(len(train))
     every = min(how.every or max(1, steps // 10), steps)
     checked = bool(validation)
     recompute = {}
@@ -102,7 +109,8 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
         load_best_model_at_end=checked,
         metric_for_best_model="eval_loss" if checked else None,
         greater_is_better=False,
-        prediction_loss_only=True,
+        restore_callback_states_from_checkpoint=True,
+        fp16=lm.dtype == torch.float16,  # scaled, else small gradients would be 0
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=False,
@@ -111,6 +119,9 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
         seed=how.seed,
         use_cpu=lm.device.type == "cpu",
     )
+    # else Trainer would spread batches over all GPUs, with more examples a step than were asked for
+    arguments._n_gpu = 1
+    share = not how.recompute and not how.dropout and _keeps_all(model)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id or 0
     callbacks = [Clock()]
     if how.patience:
@@ -128,28 +139,25 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
     return made
 
 
-def loss(model, inputs: dict, tokens=None):
+def loss(model, inputs: dict, tokens=None, *, share: bool = True):
     """Cross-entropy of the labels that are learnt, in nats: summed and divided by `tokens`, or by their number in this batch.
 
     Scores are computed only where a label follows that is learnt in some row. With a large vocabulary and short answers, the
     scores of all positions would take most of the memory. What all rows of the batch begin with (a system message, a guard's long
-    instructions) is read once, and its keys and values serve all rows; gradients flow through them.
+    instructions) is read once with `share`, and its keys and values serve all rows; gradients flow through them. It needs a model
+    that keeps keys and values of all positions (`_keeps_all`).
     """
     from torch.nn.functional import cross_entropy
 
     ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"][:, 1:]
     places = (labels != examples.IGNORED).any(0).nonzero()[:, 0]
     wanted = labels[:, places]
-    length = min(_shared(ids), int(places[0]))
-    cache = None
-    if length >= SHARED and not model.is_gradient_checkpointing:
+    length, cache = min(_shared(ids), int(places[0])), None
+    if share and length >= SHARED:
         cache = model(input_ids=ids[:1, :length], use_cache=True, logits_to_keep=1).past_key_values
-        if any(cache.is_sliding):
-            cache = None
-    if cache is None:
-        length = 0
-    else:
         cache.batch_repeat_interleave(len(ids))
+    else:
+        length = 0
     scores = model(
         input_ids=ids[:, length:],
         attention_mask=mask,
@@ -163,6 +171,14 @@ def loss(model, inputs: dict, tokens=None):
     return total / ((wanted != examples.IGNORED).sum() if tokens is None else tokens)
 
 
+def _keeps_all(model) -> bool:
+    """Whether a model's cache has keys and values of all positions in every layer: no sliding windows, no recurrent layers."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
 def _shared(ids) -> int:
     """How many tokens all rows (rows × length) begin with. One row shares none."""
     if len(ids) == 1:
@@ -174,3 +190,16 @@ def _shared(ids) -> int:
 def trained(model) -> dict:
     """Name → parameter that is trained. Saving reads these alone, because quantized embeddings can't be saved."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def ended(trainer, checkpoint: Path) -> bool:
+    """Whether a run had ended when it wrote that checkpoint. If so, the weights that are to be kept are loaded."""
+    import transformers
+
+    state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    stopped = state.stateful_callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
+    if state.global_step < trainer.args.max_steps and not stopped:
+        return False
+    trainer.state = state
+    trainer._load_from_checkpoint(state.best_model_checkpoint or str(checkpoint))
+    return True

@@ -20,7 +20,7 @@ class Settings:
     (arXiv 2305.14314).
 
     `steps` comes before `epochs`. A step is `accumulate` batches of `batch` examples. The learning rate rises for the share
-    `warmup` of the steps and then falls along a cosine to 0. `longest`: tokens of an example. `optimizer`: `adamw`,
+    `warmup` of the steps and then falls along a cosine to 0. `longest`: tokens that an example may have. `optimizer`: `adamw`,
     `adamw-8bit`, or `paged`, which moves to the host what does not fit into a GPU. `recompute`: activations are computed again
     in the backward pass and not kept (gradient checkpointing).
 
@@ -57,6 +57,11 @@ class Settings:
             if getattr(self, name) is not None:
                 whole_number(getattr(self, name), name)
         whole_number(self.seed, "seed", 0)
+        for name in ("epochs", "learning_rate", "alpha", "dropout", "warmup", "validation"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise QwlibError(f"{name} is a number, not {getattr(self, name)!r}")
+        if not isinstance(self.targets, tuple | list) or not all(isinstance(name, str) for name in self.targets):
+            raise QwlibError(f"targets are names of layers in a tuple, not {self.targets!r}")
         for name in ("epochs", "learning_rate", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise QwlibError(f"{name} must be more than 0, not {getattr(self, name)}")
@@ -65,6 +70,11 @@ class Settings:
                 raise QwlibError(f"{name} is a share from 0 to less than 1, not {getattr(self, name)}")
         if self.patience and not self.validation:
             raise QwlibError("patience needs validation: a share of the examples to hold back")
+
+    def steps_over(self, count: int) -> int:
+        """The steps of a run over so many examples: the last batch of a pass may be smaller, and so may its last step."""
+        batches = math.ceil(count / self.batch)
+        return self.steps or math.ceil(self.epochs * math.ceil(batches / self.accumulate))
 
     def told(self) -> dict:
         """The settings that are set, as JSON holds them."""

@@ -70,6 +70,7 @@ def test_the_first_line_that_is_something_else_is_named(row, why, tmp_path):
         ("prompt,answer\n1,2,3", "line 2 of data.csv has 3 cells, its head 2"),
         ('prompt,answer\n1,"2', "can't be read as CSV"),
         ("prompt,answer", "holds no examples"),
+        ("prompt,answer,answer\n1,2,3", "has two columns called 'answer'"),
     ],
 )
 def test_a_csv_file_that_is_none_is_refused(text, why, tmp_path):
@@ -101,7 +102,6 @@ def test_only_answers_are_learnt_with_what_ends_them(shallow16):
     assert [label for label in tokens.labels if label >= 0] == [
         i for i, label in zip(tokens.ids, tokens.labels, strict=True) if label >= 0
     ]
-    assert tokens.cut == 0
 
 
 def test_the_prompt_is_what_a_model_is_asked(shallow16):
@@ -117,7 +117,7 @@ def test_without_a_template_the_text_is_prompt_answer_and_end(shallow16):
 
     tokenizer = copy.deepcopy(shallow16.tokenizer)
     tokenizer.chat_template = None
-    plain = SimpleNamespace(tokenizer=tokenizer, row=shallow16.row)
+    plain = SimpleNamespace(tokenizer=tokenizer, row=shallow16.row, longest=None)
     (tokens,) = examples.tokenized(plain, [one()], 512)
     assert learnt(plain, tokens) == ["Yes." + tokenizer.eos_token]
     assert tokenizer.decode(tokens.ids).endswith("Is it raining?\nYes." + tokenizer.eos_token)
@@ -129,17 +129,20 @@ def test_a_template_that_rewrites_earlier_messages_is_refused(shallow16):
     tokenizer = copy.deepcopy(shallow16.tokenizer)
     tokenizer.chat_template = "{{ messages|length }}: {% for m in messages %}{{ m.content }} {% endfor %}"
     with pytest.raises(QwlibError, match="its chat template changes earlier messages"):
-        examples.tokenized(SimpleNamespace(tokenizer=tokenizer, row=shallow16.row), [one()], 512)
+        examples.tokenized(SimpleNamespace(tokenizer=tokenizer, row=shallow16.row, longest=None), [one()], 512)
 
 
-def test_what_is_too_long_loses_its_end_and_an_answer_never_all(shallow16):
-    (whole,) = examples.tokenized(shallow16, [one(answer="No, " * 30)], 512)
-    (cut,) = examples.tokenized(shallow16, [one(answer="No, " * 30)], len(whole.ids) - 10)
-    assert cut.ids == whole.ids[:-10]
-    assert cut.cut == 10
-    assert 0 < cut.learnt == whole.learnt - 10
-    with pytest.raises(QwlibError, match="line 1: no token of its answer is among the first 8"):
-        examples.tokenized(shallow16, [one()], 8)
+def test_what_is_too_long_is_named_and_not_cut(shallow16):
+    rows = [one(), examples.Example(one(answer="No, " * 30).messages, 2), examples.Example(TURNS, 3)]
+    whole = examples.tokenized(shallow16, rows, 512)
+    most = max(len(row.ids) for row in whole)
+    assert examples.tokenized(shallow16, rows, most) == whole
+    with pytest.raises(
+        QwlibError, match=rf"1 of 3 examples have more than {most - 1} tokens, line 2 first and up to {most}"
+    ):
+        examples.tokenized(shallow16, rows, most - 1)
+    with pytest.raises(QwlibError, match=rf"has {shallow16.longest} positions: longest can't be"):
+        examples.tokenized(shallow16, rows, shallow16.longest + 1)
 
 
 def test_a_split_is_drawn_by_its_seed_and_loses_nothing():

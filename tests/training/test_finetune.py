@@ -76,7 +76,6 @@ def test_losses_fall_and_everything_is_written_down(scheme, made, shallow):
         "validation_examples": 6,
         "tokens": training["data"]["tokens"],
         "learnt_tokens": 24 * 5,  # "They are red." and the token that ends it
-        "cut_examples": 0,
     }
     assert training["trained_modules"] == 3 * 7
     assert training["step_s"] > 0
@@ -219,11 +218,11 @@ def test_a_run_that_is_killed_goes_on_with_the_same_losses(made, data, shallow, 
 import os, signal, transformers
 from qwlib.training import finetune, loop
 plain = loop.loss
-def loss(*args, calls=[]):
+def loss(*args, calls=[], **kwargs):
     calls.append(1)
     if len(calls) == 6:  # two steps, a validation of two batches, and the third step's
         os.kill(os.getpid(), signal.SIGKILL)
-    return plain(*args)
+    return plain(*args, **kwargs)
 loop.loss = loss
 finetune.finetune({str(shallow)!r}, "bf16", {str(data)!r}, {str(tmp_path / "out")!r}, **{SHORT!r})
 """
@@ -259,7 +258,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(data, shallow, tmp
 
 def test_a_loss_that_is_no_number_names_step_and_lines(data, shallow, tmp_path, monkeypatch):
     plain = loop.loss
-    monkeypatch.setattr(loop, "loss", lambda *args: plain(*args) * float("nan"))
+    monkeypatch.setattr(loop, "loss", lambda *args, **kwargs: plain(*args, **kwargs) * float("nan"))
     with pytest.raises(
         QwlibError, match=r"step 1: the loss of lines \d+, \d+, \d+, \d+ is nan: lower the learning rate"
     ):
@@ -288,8 +287,52 @@ def test_a_full_disk_says_what_to_do_and_nothing_is_lost(error, made, data, shal
     assert told["training"]["losses"] == made("bf16")[1]["training"]["losses"]
 
 
+def test_a_run_whose_end_could_not_be_written_is_not_trained_on(made, data, shallow, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_save", full)
+        with pytest.raises(QwlibError, match="is full: make room and call again"):
+            finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
+    _, told = finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
+    _, whole = made("bf16")
+    assert told["training"]["resumed_at"] == 4
+    for key in ("steps", "losses", "validation_losses", "weights_sha256"):
+        assert told["training"][key] == whole["training"][key]
+
+
+def test_a_folder_that_can_t_be_written_is_told(data, shallow, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QwlibError, match="can't be written"):
+        finetune.finetune(str(shallow), "bf16", data, tmp_path / "file" / "out", **SHORT)
+
+
+def test_gradients_of_several_batches_make_one_step(made, data, shallow, tmp_path):
+    settings = SHORT | {"batch": 2, "accumulate": 2}
+    _, told = finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **settings)
+    losses = [[each["loss"] for each in run["training"]["losses"]] for run in (told, made("bf16")[1])]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    checks = [[each["loss"] for each in run["training"]["validation_losses"]] for run in (told, made("bf16")[1])]
+    assert checks[0] == pytest.approx(checks[1], rel=2e-3)  # the mean over tokens, however they are batched
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "steps"),
+    [
+        ({"batch": 8}, 18, 3),
+        ({"batch": 8, "epochs": 4}, 9, 8),
+        ({"batch": 8, "accumulate": 2}, 18, 2),
+        ({"batch": 8, "epochs": 0.5}, 18, 2),
+        ({"batch": 8, "epochs": 9, "steps": 5}, 18, 5),
+    ],
+)
+def test_steps_are_counted_by_passes(settings, count, steps):
+    assert Settings(**settings).steps_over(count) == steps
+
+
 def test_other_errors_come_out_as_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="something else"), finetune._disk_told(tmp_path / "out"):
+    with pytest.raises(RuntimeError, match="something else"), finetune._explained(tmp_path / "out"):
         raise RuntimeError("something else")
 
 
@@ -305,7 +348,10 @@ def test_other_errors_come_out_as_they_are(tmp_path):
         ("bf16", {"validation": 0.0, "patience": 1}, "patience needs validation"),
         ("bf16", {"validation": 0.01}, "24 examples can't be split"),
         ("bf16", {"speed": 3}, "settings are method, rank"),
-        ("bf16", {"longest": 4}, "no token of its answer is among the first 4"),
+        ("bf16", {"learning_rate": "1e-4"}, "learning_rate is a number, not '1e-4'"),
+        ("bf16", {"targets": "q_proj"}, "targets are names of layers in a tuple"),
+        ("fp16", {}, "can't be trained on a CPU in float16"),
+        ("bf16", {"longest": 4}, "22 of 22 examples have more than 4 tokens"),
         ("hqq-4bit", {}, "hqq"),
         ("gguf-q4_k_m", {}, "is read from files"),
     ],
