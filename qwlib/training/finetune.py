@@ -56,7 +56,7 @@ def finetune(
     with load(row, scheme, device=device, engine="eager") as lm:
         if lm.scheme.backend not in ("transformers", "bitsandbytes"):
             raise QwlibError(f"{lm.scheme.name} can't be trained: choose a 16-bit scheme, or one of bitsandbytes")
-        if lm.device.type == "cpu" and "float16" in str(lm.dtype).split("."):
+        if lm.device.type == "cpu" and str(lm.dtype) == "torch.float16":
             raise QwlibError(f"{lm.scheme.name} can't be trained on a CPU in float16: choose bf16 or fp32")
         if lm.device.index:
             raise QwlibError(f"training runs on the first GPU, not on {lm.device}: choose it with CUDA_VISIBLE_DEVICES")

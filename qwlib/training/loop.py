@@ -4,6 +4,7 @@
 built on it and brings its own handling of data, which `examples.py` does here with line numbers.
 """
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -21,9 +22,9 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
     import torch
     import transformers
 
-    class Trainer(transformers.Trainer):
-        seconds, tokens = (), ()
+    seconds, tokens = [], []  # of each step, and of each batch
 
+    class Trainer(transformers.Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             lines = inputs.pop("lines").tolist()
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -33,7 +34,7 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
                     f"step {self.state.global_step + 1}: the loss of lines {shown} is {loss.item()}: lower the learning rate, or "
                     "look at these lines"
                 )
-            self.tokens = (*self.tokens, int(inputs["attention_mask"].sum()))
+            tokens.append(int(inputs["attention_mask"].sum()))
             return loss
 
         def evaluate(self, *_, **__):
@@ -45,6 +46,10 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
                     inputs = self._prepare_inputs(inputs)
                     total += loss(self.model, inputs, 1, share=share).item()
                     count += int((inputs["labels"][:, 1:] != examples.IGNORED).sum())
+            if not math.isfinite(total):
+                raise QwlibError(
+                    f"the validation loss is {total} at step {self.state.global_step}: lower the learning rate"
+                )
             metrics = {"eval_loss": total / count}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -64,9 +69,9 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
             found = {"steps": self.state.global_step, "losses": losses, "validation_losses": checks}
             if checks:
                 found["kept_step"] = min(checks, key=lambda check: check["loss"])["step"]
-            if self.seconds:
-                found["step_s"] = statistics.median(self.seconds)
-                found["tok_s"] = sum(self.tokens) / sum(self.seconds)
+            if seconds:
+                found["step_s"] = statistics.median(seconds)
+                found["tok_s"] = sum(tokens) / sum(seconds)
             return found
 
     class Clock(transformers.TrainerCallback):
@@ -78,17 +83,39 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
         def on_step_end(self, *_, **__):
             if lm.device.type == "cuda":
                 torch.cuda.synchronize()
-            made.seconds = (*made.seconds, time.perf_counter() - self.began)
+            seconds.append(time.perf_counter() - self.began)
 
-    steps = how.steps_over(len(train))
+    arguments = _arguments(lm, how, how.steps_over(len(train)), place, checked=bool(validation))
+    share = not how.recompute and not how.dropout and _keeps_all(model)
+    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id or 0
+    callbacks = [Clock()]
+    if how.patience:
+        callbacks.append(transformers.EarlyStoppingCallback(how.patience))
+    made = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=list(train),
+        eval_dataset=list(validation) or None,
+        data_collator=lambda rows: examples.batch(rows, pad),
+        callbacks=callbacks,
+    )
+    made.model_accepts_loss_kwargs = True  # the loss of a step is the mean over the tokens of all its batches
+    made.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return made
+
+
+def _arguments(lm: Lm, how: Settings, steps: int, place: Path, *, checked: bool):
+    """The settings in transformers' words; `checked`: whether there are examples to validate on."""
+    import torch
+    import transformers
+
     every = min(how.every or max(1, steps // 10), steps)
-    checked = bool(validation)
     recompute = {}
     if how.recompute:  # transformers 5.23 calls it so
         known = transformers.TrainingArguments.__dataclass_fields__
         called = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         recompute = {called: True, f"{called}_kwargs": {"use_reentrant": False}}
-    arguments = transformers.TrainingArguments(
+    made = transformers.TrainingArguments(
         output_dir=str(place),
         max_steps=steps,
         per_device_train_batch_size=how.batch,
@@ -120,22 +147,7 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
         use_cpu=lm.device.type == "cpu",
     )
     # else Trainer would spread batches over all GPUs, with more examples a step than were asked for
-    arguments._n_gpu = 1
-    share = not how.recompute and not how.dropout and _keeps_all(model)
-    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id or 0
-    callbacks = [Clock()]
-    if how.patience:
-        callbacks.append(transformers.EarlyStoppingCallback(how.patience))
-    made = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(train),
-        eval_dataset=list(validation) if checked else None,
-        data_collator=lambda rows: examples.batch(rows, pad),
-        callbacks=callbacks,
-    )
-    made.model_accepts_loss_kwargs = True  # the loss of a step is the mean over the tokens of all its batches
-    made.remove_callback(transformers.trainer_callback.PrinterCallback)
+    made._n_gpu = 1
     return made
 
 

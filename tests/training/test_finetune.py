@@ -265,6 +265,17 @@ def test_a_loss_that_is_no_number_names_step_and_lines(data, shallow, tmp_path, 
         finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
 
 
+def test_a_validation_loss_that_is_no_number_names_the_step(data, shallow, tmp_path, monkeypatch):
+    plain = loop.loss
+
+    def spoilt(model, *args, **kwargs):
+        return plain(model, *args, **kwargs) * (1 if model.training else float("nan"))
+
+    monkeypatch.setattr(loop, "loss", spoilt)
+    with pytest.raises(QwlibError, match="the validation loss is nan at step 2: lower the learning rate"):
+        finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")], ids=repr
 )
