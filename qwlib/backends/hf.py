@@ -38,7 +38,6 @@ def read(lm, source: str, quantization=None, place: dict | None = None) -> None:
 
     Raises QwlibError where weights are missing or of another shape; transformers would make them up.
     """
-    from accelerate.hooks import remove_hook_from_submodules
     from transformers import AutoModelForCausalLM
 
     with quiet():
@@ -53,7 +52,7 @@ def read(lm, source: str, quantization=None, place: dict | None = None) -> None:
             **({"quantization_config": quantization} if quantization else {}),  # None would hide what the folder says
         )
     if place and len(place) > 1:  # transformers would carry that part to and fro at every call
-        remove_hook_from_submodules(lm.model)
+        unhook(lm.model)
     lm.model.eval()
     lm.tokenizer = tokenizer(lm, source)
     strange = [key for key in report["unexpected_keys"] if not any(re.search(known, key) for known in HARMLESS)]
@@ -68,6 +67,19 @@ def read(lm, source: str, quantization=None, place: dict | None = None) -> None:
         )
     if lm.device.type == "cpu":
         memory.own(lm.model)
+
+
+def unhook(model) -> None:
+    """Take accelerate's hooks off `model` and all its parts.
+
+    accelerate leaves each part's own `forward` on the instance, where it would go before that of a class that the part is given
+    later (`mend`, `choose_kernel`).
+    """
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        vars(module).pop("forward", None)
 
 
 def placed(shapes, device, wait: list[str]) -> dict:

@@ -25,7 +25,8 @@ def take(model, layers, dtype) -> dict[str, int]:
     """
     reasons = Counter()
     for layer in layers:
-        if why := linear4bit.obstacle(layer.weight, dtype):
+        why = "something has replaced its forward" if "forward" in vars(layer) else None
+        if why := why or linear4bit.obstacle(layer.weight, dtype):
             reasons[why] += 1
         else:
             layer.__class__ = OwnLinear4bit

@@ -187,6 +187,28 @@ def test_only_the_ends_wait_on_the_host(lm):
     assert hf.placed(lm.model, torch.device("cpu"), ["lm_head"]) == {"": torch.device("cpu")}
 
 
+def test_a_part_that_had_a_hook_takes_the_forward_of_a_class_that_it_is_given():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def given(unhook):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        add_hook_to_module(model[0], ModelHook())
+        plain = model[0](x)
+        unhook(model)
+        model[0].__class__ = Doubled
+        return plain, model(x)
+
+    x = torch.ones(1, 4)
+    plain, doubled = given(hf.unhook)
+    assert torch.equal(doubled, 2 * plain)
+    plain, same = given(remove_hook_from_submodules)  # accelerate alone leaves the old one
+    assert torch.equal(same, plain)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", ["nf4-all", "nf4-mixed"])
 def test_on_a_gpu_the_ends_never_stand_there_in_16_bits(scheme):
@@ -196,6 +218,7 @@ def test_on_a_gpu_the_ends_never_stand_there_in_16_bits(scheme):
         assert lm.memory["load_peak_bytes"] < held + 30e6  # an embedding of 57 MB in 16 bits
         assert lm.engine.name == "CUDA graph, static cache"
         assert {str(t.device) for t in (*lm.model.parameters(), *lm.model.buffers())} == {"cuda:0"}
+        assert not any("forward" in vars(module) for module in lm.model.modules())
         assert {type(m).__name__ for m in lm.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)} == {
             "OwnLinear4bit"
         }

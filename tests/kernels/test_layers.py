@@ -107,6 +107,13 @@ def test_a_layer_that_was_replaced_is_what_counts(launches):
     assert torch.equal(got[:, 96:], wanted[:, 96:] + 1)
 
 
+def test_a_layer_whose_forward_is_replaced_is_told_and_left(launches):
+    model = Attention().to("cpu")
+    model.k_proj.forward = model.k_proj.forward
+    assert layers.take(model, list(model.children()), torch.bfloat16) == {"something has replaced its forward": 1}
+    assert [type(layer) is layers.OwnLinear4bit for layer in model.children()] == [True, False, True]
+
+
 def test_each_layer_gets_the_result_of_its_own_input(launches):
     model = taken(Attention())
     alone = copy.deepcopy(model)
