@@ -40,8 +40,9 @@ test-all: backends ## the slow tests too, every backend that runs on a CPU among
 bench: backends ## time what is claimed to be fast beside what it is compared with
 	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
 
-bench-gpu: $(READY) ## on a GPU: memory, loading and decoding of every scheme, into results/h100.json
+bench-gpu: $(READY) ## on a GPU: memory, loading, decoding and fine-tuning, into results/h100.json and qwlib/training/h100.json
 	@$(PY) benchmarks/gpu.py
+	@$(PY) benchmarks/gpu_finetuning.py
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks

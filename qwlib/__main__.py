@@ -271,6 +271,9 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
     warmup: Annotated[float, typer.Option(help="The share of the steps in which the learning rate rises.")] = 0.05,
     longest: Annotated[int, typer.Option(help="How many tokens an example may have.")] = 512,
+    emphasis: Annotated[
+        float, typer.Option(help="How many times a token counts that an example's `emphasis` names.")
+    ] = 1,
     validation: Annotated[float, typer.Option(help="The share of the examples that is held back to check.")] = 0.1,
     patience: Annotated[int | None, typer.Option(help="Stop after so many checks without a lower loss.")] = None,
     every: Annotated[int | None, typer.Option(help="Steps between two checks. The default is a tenth of all.")] = None,
@@ -280,6 +283,9 @@ def finetune(
     ] = False,
     seed: Annotated[int, typer.Option(help="Draws the order, the split and the adapter's first values.")] = 0,
     device: Annotated[str | None, typer.Option(help="`cpu` or `cuda`. The default is a GPU if there is one.")] = None,
+    weights: Annotated[
+        str, typer.Option(help="`trained` or `random`: the model's true shape without a download, to see what fits.")
+    ] = "trained",
 ) -> None:
     """Train a model on examples: LoRA, or QLoRA where the scheme has 4 bits.
 
@@ -290,6 +296,7 @@ def finetune(
     Example: python -m qwlib finetune smollm2-135m nf4-dq --data examples.jsonl --out runs/mine
     """
     from .training import finetune as training
+    from .training import ranks
     from .training.settings import Settings
 
     if data is None or out is None:
@@ -297,7 +304,11 @@ def finetune(
     settings = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__} | {
         "targets": tuple(target or ())
     }
-    folder, told = training.finetune(_named(first, None), second or "nf4-dq", data, out, device=device, **settings)
+    folder, told = training.finetune(
+        _named(first, None), second or "nf4-dq", data, out, device=device, weights=weights, **settings
+    )
+    if not ranks.this().first:
+        return
     found = told["training"]
     print(f"{folder}: {found['trained_parameters']:,} parameters trained in {found['steps']} steps")
     for kind in ("losses", "validation_losses"):

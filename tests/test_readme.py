@@ -114,6 +114,18 @@ def test_the_package_brings_a_part_of_the_kernel_s_results(gpu, h100):
     assert profiles.h100() != gpu.lesson(h100)
 
 
+def test_the_table_of_fine_tuning_is_printed_from_its_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu_finetuning = importlib.import_module("gpu_finetuning")
+    rows = json.loads((ROOT / "qwlib" / "training" / "h100.json").read_text(encoding="utf-8"))["rows"]
+    assert gpu_finetuning.table(rows) in MEASURED
+    alone = {(row["scheme"], row["batch"], row["recompute"]): row for row in rows if row["model"] == "llama-3.1-8b"}
+    # the goal that was set: 9 GB at batch size 1
+    assert alone["nf4-dq", 1, True]["peak_bytes"] <= 9e9 < alone["nf4-dq", 1, False]["peak_bytes"]
+    rows[0]["peak_bytes"] += 10**8
+    assert gpu_finetuning.table(rows) not in MEASURED
+
+
 def test_its_picture_is_drawn_from_the_results(gpu, h100, tmp_path):
     shown = re.search(r"!\[[^]]{20,}\]\((docs/[\w.]+)\)", README)[1]
     assert ROOT / shown == gpu.PICTURE

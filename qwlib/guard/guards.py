@@ -55,12 +55,16 @@ def defused(text: str, special: Sequence[str] = ()) -> str:
 def taught(row: labelled.Row) -> list[dict]:
     """A labelled row as a conversation in NemoGuard's official format: its prompt, and the answer that is right."""
     rated = row.response if row.response_label is not None else None
-    ratings = {"User Safety": row.label} | ({} if rated is None else {"Response Safety": row.response_label})
-    answer = {key: ("safe", "unsafe")[label] for key, label in ratings.items()}
-    if any(ratings.values()) and row.category:
+    answer = dict(zip(("User Safety", "Response Safety"), verdicts_of(row), strict=False))
+    if "unsafe" in answer.values() and row.category:
         answer["Safety Categories"] = row.category
     asked = _nemoguard(row.prompt, rated, TAXONOMY)
     return [*asked, {"role": "assistant", "content": json.dumps(answer)}]
+
+
+def verdicts_of(row: labelled.Row) -> tuple[str, ...]:
+    """The right verdicts of a labelled row as words: on the message, and on its response where that is labelled."""
+    return tuple(("safe", "unsafe")[label] for label in (row.label, row.response_label) if label is not None)
 
 
 def _nemoguard(prompt, response, taxonomy) -> list[dict]:

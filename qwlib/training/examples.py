@@ -27,19 +27,24 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation (`[{"role", "content"}]`) that ends with an answer, and where it stands in its file."""
+    """A conversation (`[{"role", "content"}]`) that ends with an answer, and where it stands in its file.
+
+    `emphasis`: words of that answer, in their order, that matter most.
+    """
 
     messages: list[dict]
     line: int
+    emphasis: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and labels of one example."""
+    """Token ids and labels of one example, and the places of those that its `emphasis` names."""
 
     ids: list[int]
     labels: list[int]
     line: int
+    emphasis: tuple[int, ...] = ()
 
     @property
     def learnt(self) -> int:
@@ -49,21 +54,25 @@ class Tokens:
 def read(data: Path | str) -> list[Example]:
     """The examples of a JSONL or CSV file, in its order.
 
-    A line has `prompt` and `answer`, or `messages` in the form of chat templates, the last one by the assistant. `guard:SET` are
-    the messages of a set that `labelled.load` knows, in NemoGuard's official format with the right answers.
+    A line has `prompt` and `answer`, or `messages` in the form of chat templates, the last one by the assistant. It may have
+    `emphasis`, a word of the answer or a list of them, which count more (`Settings.emphasis`). `guard:SET` are the messages of a
+    set that `labelled.load` knows, in NemoGuard's official format with the right answers, and the verdicts as their emphasis.
 
     Raises QwlibError that names the first line that is something else.
     """
     if str(data).startswith(GUARD):
         rows = labelled.load(str(data).removeprefix(GUARD)).rows
-        return [Example(guards.taught(row), line) for line, row in enumerate(rows, start=1)]
+        return [Example(guards.taught(row), line, guards.verdicts_of(row)) for line, row in enumerate(rows, start=1)]
     path = Path(data).expanduser()
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise QwlibError(f"{path} can't be read ({error}): name a JSONL or CSV file in UTF-8") from None
     rows = _csv(path.name, text) if path.suffix.lower() == ".csv" else _jsonl(path.name, text)
-    found = [Example(_messages(row, f"line {line} of {path.name}"), line) for line, row in rows]
+    found = []
+    for line, row in rows:
+        messages = _messages(row, where := f"line {line} of {path.name}")
+        found.append(Example(messages, line, _emphasis(row, messages[-1]["content"], where)))
     if not found:
         raise QwlibError(f"{path.name} holds no examples")
     return found
@@ -127,9 +136,30 @@ def _messages(row: dict, where: str) -> list[dict]:
     return found
 
 
+def _emphasis(row: dict, answer: str, where: str) -> tuple[str, ...]:
+    words = row.get("emphasis") or ()
+    words = (words,) if isinstance(words, str) else words
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) and word for word in words):
+        raise QwlibError(f"{where}: its emphasis is a word of the answer, or a list of them")
+    _spans(answer, words, where)
+    return tuple(words)
+
+
+def _spans(text: str, words: Sequence[str], where: str) -> list[tuple[int, int]]:
+    """(first letter, letter behind the last) of each word, which stands behind the one before."""
+    found, at = [], 0
+    for word in words:
+        begin = text.find(word, at)
+        if begin < 0:
+            raise QwlibError(f"{where}: its emphasis {word[:40]!r} is not a part of the answer there")
+        found.append((begin, at := begin + len(word)))
+    return found
+
+
 def sha256(examples: Sequence[Example]) -> str:
-    """A hash of what is said in them."""
-    return files.sha256_text(json.dumps([each.messages for each in examples], ensure_ascii=False))
+    """A hash of what is said in them, and of what is emphasised."""
+    said = [each.messages if not each.emphasis else [*each.messages, *each.emphasis] for each in examples]
+    return files.sha256_text(json.dumps(said, ensure_ascii=False))
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -149,12 +179,16 @@ def tokenized(lm, examples: Sequence[Example], longest: int) -> list[Tokens]:
         raise QwlibError(f"{lm.row.name} has {lm.longest} positions: longest can't be {longest}")
     found = []
     for example in examples:
-        ids, labels = [], []
-        for text, learnt in _pieces(lm, example.messages):
+        ids, labels, pieces = [], [], _pieces(lm, example.messages)
+        for text, learnt in pieces:
             piece = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids += piece
             labels += piece if learnt else [IGNORED] * len(piece)
-        found.append(Tokens(ids, labels, example.line))
+        places = ()
+        if example.emphasis:
+            begin = len(ids) - len(piece)
+            places = tuple(begin + place for place in _emphasised(lm, text, example))
+        found.append(Tokens(ids, labels, example.line, places))
     if long := [each for each in found if len(each.ids) > longest]:
         most = max(len(each.ids) for each in long)
         raise QwlibError(
@@ -162,6 +196,15 @@ def tokenized(lm, examples: Sequence[Example], longest: int) -> list[Tokens]:
             "raise longest, or shorten them"
         )
     return found
+
+
+def _emphasised(lm, answer: str, example: Example) -> list[int]:
+    """The places of the answer's tokens that belong to the example's emphasis."""
+    if not lm.tokenizer.is_fast:
+        raise QwlibError(f"{lm.row.name}: its tokenizer does not tell where tokens stand: leave out the emphasis")
+    spans = _spans(answer, example.emphasis, f"line {example.line}")
+    letters = lm.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [place for place, (a, b) in enumerate(letters) if any(a < end and b > begin for begin, end in spans)]
 
 
 def _pieces(lm, messages: list[dict]) -> list[tuple[str, bool]]:
@@ -189,11 +232,18 @@ def _pieces(lm, messages: list[dict]) -> list[tuple[str, bool]]:
     return found
 
 
-def batch(rows: Sequence[Tokens], pad: int):
-    """One batch: `input_ids`, `attention_mask` and `labels` (rows × longest), padded on the right with `pad` and -100."""
+def batch(rows: Sequence[Tokens], pad: int, emphasis: float = 1):
+    """One batch: `input_ids`, `attention_mask` and `labels` (rows × longest), padded on the right with `pad` and -100.
+
+    `weights`: how much a token counts: `emphasis` where its row says so, 1 for others that are learnt, else 0. `lines`: (rows,).
+    """
     import torch
 
     width = max(len(row.ids) for row in rows)
+    weights = torch.zeros(len(rows), width)
+    for place, row in enumerate(rows):
+        weights[place, : len(row.labels)] = torch.tensor([float(label != IGNORED) for label in row.labels])
+        weights[place, list(row.emphasis)] *= emphasis
 
     def filled(lists, fill: int):
         return torch.tensor([[*each, *[fill] * (width - len(each))] for each in lists])
@@ -202,5 +252,6 @@ def batch(rows: Sequence[Tokens], pad: int):
         "input_ids": filled([row.ids for row in rows], pad),
         "attention_mask": filled([[1] * len(row.ids) for row in rows], 0),
         "labels": filled([row.labels for row in rows], IGNORED),
+        "weights": weights,
         "lines": torch.tensor([row.line for row in rows]),
     }

@@ -18,20 +18,28 @@ from ..machine import memory
 from ..measuring import describing, record
 from ..models import catalog, estimates
 from ..running.lm import Lm, quiet
-from . import examples, loop
+from . import examples, loop, ranks
 from .settings import Settings
 
 RECORD, SETTINGS = "training.json", "settings.json"
 
 
 def finetune(
-    model: str, scheme: str | None, data: Path, out: Path, *, device: str | None = None, **settings
+    model: str,
+    scheme: str | None,
+    data: Path,
+    out: Path,
+    *,
+    device: str | None = None,
+    weights: str = "trained",
+    **settings,
 ) -> tuple[Path, dict]:
     """Train `model` under `scheme` on the examples in `data`. The folder `out` and its record of kind `training` come back.
 
-    `settings` are those of `Settings`. The folder holds an adapter, to be loaded as `model+out`, or for `method="full"` a
-    checkpoint in bfloat16. While it trains, checkpoints lie in `out` with `.unfinished` after its name. If the process is killed,
-    the same call goes on from the last of them.
+    `settings` are those of `Settings`; `weights="random"` takes the model's shape without a download. Under `torchrun` every
+    process has a GPU and a part of each batch (`ranks`). The folder holds an adapter, to be loaded as `model+out`, or for
+    `method="full"` a checkpoint in bfloat16. While it trains, checkpoints lie in `out` with `.unfinished` after its name. If the
+    process is killed, the same call goes on from the last of them.
 
     Raises QwlibError in one line: an `out` that exists, unusable data, a scheme that can't be trained, an unknown target, a loss
     that is no number (with the step and the lines of the batch), a full disk, and what `load` raises.
@@ -53,12 +61,15 @@ def finetune(
     if how.method == "full" and scheme != "fp32":
         raise QwlibError("method='full' trains the weights themselves: it needs the scheme fp32")
     place = out.with_name(f"{out.name}.unfinished")
-    with load(row, scheme, device=device, engine="eager") as lm:
+    own, device = ranks.started(device)
+    if how.batch % own.world:
+        raise QwlibError(f"a batch of {how.batch} can't be split over {own.world} processes: take a multiple of them")
+    with load(row, scheme, device=device, weights=weights, engine="eager") as lm:
         if lm.scheme.backend not in ("transformers", "bitsandbytes"):
             raise QwlibError(f"{lm.scheme.name} can't be trained: choose a 16-bit scheme, or one of bitsandbytes")
         if lm.device.type == "cpu" and str(lm.dtype) == "torch.float16":
             raise QwlibError(f"{lm.scheme.name} can't be trained on a CPU in float16: choose bf16 or fp32")
-        if lm.device.index:
+        if lm.device.index not in (None, own.local):
             raise QwlibError(f"training runs on the first GPU, not on {lm.device}: choose it with CUDA_VISIBLE_DEVICES")
         kept, held = examples.split(given, how.validation, how.seed)
         if how.validation and not (kept and held):
@@ -66,9 +77,11 @@ def finetune(
         parts = [examples.tokenized(lm, part, how.longest) for part in (kept, held)]
         used = memory.used_bytes(lm.device)
         lm.model = adapted(lm, how)
-        with _explained(place), files.alone(place):
-            _claim(place, lm, how, given)
-            found = _train(lm, how, *parts, place, used)
+        with _explained(place), files.alone(place) if own.first else contextlib.nullcontext():
+            if own.first:
+                _claim(place, lm, how, given)
+            own.wait()
+            found = _train(lm, how, *parts, place, used, own)
             told = record.new(
                 "training",
                 model=describing.describe_model(lm, estimates.estimate(row, lm.scheme.name).parameters),
@@ -77,9 +90,11 @@ def finetune(
                 training=found | {"settings": how.told(), "data": _about(data, given, parts)},
             )
             told["env"] |= describing.describe_choices(lm)
-            record.write(told, place / "kept" / RECORD)
-            (place / "kept").rename(out)
-            shutil.rmtree(place, ignore_errors=True)
+            if own.first:
+                record.write(told, place / "kept" / RECORD)
+                (place / "kept").rename(out)
+                shutil.rmtree(place, ignore_errors=True)
+            own.wait()
     return out, told
 
 
@@ -168,7 +183,7 @@ def adapted(lm: Lm, how: Settings):
     return get_peft_model(lm.model, config)
 
 
-def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int) -> dict:
+def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int, own: ranks.Ranks) -> dict:
     """Train, leave what is kept in `place`/kept, and say what happened. `used`: bytes before anything was made for training."""
     import torch
 
@@ -179,7 +194,10 @@ def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int) -> 
     model = lm.model
     frozen, learnt = [p for p in model.parameters() if not p.requires_grad], loop.trained(model)
     before, first = fingerprint(frozen), fingerprint(learnt.values())
-    trainer = loop.trainer(model, lm, how, train, validation, place)
+    trainer = loop.trainer(model, lm, how, train, validation, place, own)
+    if own.first:
+        _remove_half(place)
+    own.wait()
     metered, resumed = memory.reset_peak(lm.device), _last_checkpoint(place)
     with bnb_ends.left_out():
         if not (resumed and loop.ended(trainer, resumed)):
@@ -194,20 +212,24 @@ def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int) -> 
         raise QwlibError(
             f"the trained weights hold values that are no numbers: remove {place} and lower the learning rate"
         )
-    shutil.rmtree(place / "kept", ignore_errors=True)
     for parameter in learnt.values():
         parameter.data = parameter.data.to(torch.bfloat16)
-    _save(model, lm, how, place / "kept")
-    held = lm.memory["weights_bytes"] + lm.memory["state_bytes"]
-    hashes = [files.sha256(file) for file in sorted((place / "kept").glob("*.safetensors"))]
-    return trainer.told() | {
+    told = trainer.told() | {
+        "gpus" if lm.device.type == "cuda" else "processes": own.world,
         "trained_parameters": sum(parameter.numel() for parameter in learnt.values()),
         "trained_modules": len({name.partition(".lora_")[0] for name in learnt}),
         "frozen_fingerprint": before,
         "resumed_at": int(resumed.name.rpartition("-")[2]) if resumed else 0,
-        "weights_sha256": hashes[0] if len(hashes) == 1 else files.sha256_text("".join(hashes)),
-        **({"peak_bytes": held + max(0, peak - used)} if peak else {}),
     }
+    if peak:
+        held = lm.memory["weights_bytes"] + lm.memory["state_bytes"]
+        told["peak_bytes"] = int(own.most([held + max(0, peak - used)], lm.device)[0])
+    if own.first:
+        shutil.rmtree(place / "kept", ignore_errors=True)
+        _save(model, lm, how, place / "kept")
+        hashes = [files.sha256(file) for file in sorted((place / "kept").glob("*.safetensors"))]
+        told["weights_sha256"] = hashes[0] if len(hashes) == 1 else files.sha256_text("".join(hashes))
+    return told
 
 
 def _save(model, lm: Lm, how: Settings, folder: Path) -> None:
@@ -238,11 +260,26 @@ def fingerprint(tensors) -> str:
     return files.sha256_text(str(found))[:16]
 
 
+def _checkpoints(place: Path) -> list[Path]:
+    """Those of an unfinished run, the last first."""
+    return sorted(place.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether it was written to the end: `trainer_state.json` is what Trainer writes last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _remove_half(place: Path) -> None:
+    """Remove half-written checkpoints: Trainer would keep one and remove a whole one."""
+    for path in _checkpoints(place):
+        if not _whole(path):
+            shutil.rmtree(path)
+
+
 def _last_checkpoint(place: Path) -> Path | None:
-    """The last checkpoint that is whole: `trainer_state.json` is what Trainer writes last."""
-    for path in sorted(place.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path
-        shutil.rmtree(path)  # Trainer would keep half a checkpoint and remove a whole one
-    return None
+    return next(iter(_checkpoints(place)), None)

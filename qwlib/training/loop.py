@@ -12,17 +12,26 @@ from pathlib import Path
 from ..errors import QwlibError
 from ..running.lm import Lm
 from . import examples
+from .ranks import Ranks
 from .settings import OPTIMIZERS, Settings
 
 SHARED = 32  # tokens that all rows of a batch begin with, from which on they are read once
 
 
-def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
-    """transformers' Trainer with our batches, which stops at the first loss that is no number."""
+def trainer(model, lm: Lm, how: Settings, train, validation, place: Path, ranks: Ranks):
+    """transformers' Trainer with our batches, which stops at the first loss that is no number.
+
+    All processes draw the same batches, and each takes its part of the rows. `Trainer` would fill the last batch of a pass up
+    with rows from its beginning, so that a step was another one on two GPUs.
+    """
     import torch
     import transformers
 
-    seconds, tokens = [], []  # of each step, and of each batch
+    seconds, tokens, batches = (
+        [],
+        [],
+        [],
+    )  # seconds of each step, tokens of each batch, batches until the end of each step
 
     class Trainer(transformers.Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -37,15 +46,30 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
             tokens.append(int(inputs["attention_mask"].sum()))
             return loss
 
+        def get_train_dataloader(self):
+            made = super().get_train_dataloader()
+            if (
+                ranks.world > 1
+            ):  # accelerate's sampler, which would give each process other batches and fill up the last
+                shard = made.batch_sampler
+                shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+            return made
+
+        def _get_num_items_in_batch(self, batch_samples, device):
+            """What the losses of a step are divided by: the weights of all tokens that are learnt, over all processes."""
+            found = sum(inputs["weights"][:, 1:].sum().item() for inputs in batch_samples)
+            return torch.tensor(ranks.total([found], device)[0], device=device)
+
         def evaluate(self, *_, **__):
             """The mean loss over all tokens that are learnt, so that it does not depend on how rows fall into batches."""
             self.model.eval()
             total = count = 0
             with torch.no_grad():
-                for inputs in self.get_eval_dataloader():
-                    inputs = self._prepare_inputs(inputs)
+                for first in range(0, len(validation), how.batch):
+                    inputs = self._prepare_inputs(mine(validation[first : first + how.batch]))
                     total += loss(self.model, inputs, 1, share=share).item()
-                    count += int((inputs["labels"][:, 1:] != examples.IGNORED).sum())
+                    count += inputs["weights"][:, 1:].sum().item()
+            total, count = ranks.total([total, count], lm.device)
             if not math.isfinite(total):
                 raise QwlibError(
                     f"the validation loss is {total} at step {self.state.global_step}: lower the learning rate"
@@ -56,7 +80,8 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
             return metrics
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            found = loss(model, inputs, num_items_in_batch, share=share)
+            # the tokens of all processes are counted, and their gradients averaged
+            found = loss(model, inputs, num_items_in_batch, share=share) * ranks.world
             return (found, {}) if return_outputs else found
 
         def _save(self, output_dir=None, state_dict=None):
@@ -70,8 +95,10 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
             if checks:
                 found["kept_step"] = min(checks, key=lambda check: check["loss"])["step"]
             if seconds:
-                found["step_s"] = statistics.median(seconds)
-                found["tok_s"] = sum(tokens) / sum(seconds)
+                some = slice(1, None) if len(seconds) > 1 else slice(None)  # the first step is a warm-up
+                read = sum(tokens[batches[0] if len(seconds) > 1 else 0 :])
+                found["step_s"] = statistics.median(seconds[some])
+                found["tok_s"] = ranks.total([read], lm.device)[0] / sum(seconds[some])
             return found
 
     class Clock(transformers.TrainerCallback):
@@ -84,10 +111,19 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
             if lm.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.began)
+            batches.append(len(tokens))
 
     arguments = _arguments(lm, how, how.steps_over(len(train)), place, checked=bool(validation))
     share = not how.recompute and not how.dropout and _keeps_all(model)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id or 0
+
+    def mine(rows):
+        """This process's part of a batch. One without rows reads the first and learns nothing from it."""
+        part = ranks.part(rows)
+        if not part:
+            part = [examples.Tokens(rows[0].ids, [examples.IGNORED] * len(rows[0].ids), rows[0].line)]
+        return examples.batch(part, pad, how.emphasis)
+
     callbacks = [Clock()]
     if how.patience:
         callbacks.append(transformers.EarlyStoppingCallback(how.patience))
@@ -96,7 +132,7 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path):
         args=arguments,
         train_dataset=list(train),
         eval_dataset=list(validation) or None,
-        data_collator=lambda rows: examples.batch(rows, pad),
+        data_collator=mine,
         callbacks=callbacks,
     )
     made.model_accepts_loss_kwargs = True  # the loss of a step is the mean over the tokens of all its batches
@@ -141,29 +177,39 @@ def _arguments(lm: Lm, how: Settings, steps: int, place: Path, *, checked: bool)
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         report_to="none",
         disable_tqdm=True,
         seed=how.seed,
         use_cpu=lm.device.type == "cpu",
     )
-    # else Trainer would spread batches over all GPUs, with more examples a step than were asked for
+    # else Trainer of one process would spread batches over all GPUs, with more examples a step than were asked for
     made._n_gpu = 1
     return made
 
 
 def loss(model, inputs: dict, tokens=None, *, share: bool = True):
-    """Cross-entropy of the labels that are learnt, in nats: summed and divided by `tokens`, or by their number in this batch.
+    """Cross-entropy of the labels that are learnt, in nats: summed with their `weights` and divided by `tokens`.
+
+    Without `tokens` it is divided by the sum of this batch's weights, and without `weights` each label counts once.
 
     Scores are computed only where a label follows that is learnt in some row. With a large vocabulary and short answers, the
     scores of all positions would take most of the memory. What all rows of the batch begin with (a system message, a guard's long
     instructions) is read once with `share`, and its keys and values serve all rows; gradients flow through them. It needs a model
     that keeps keys and values of all positions (`_keeps_all`).
     """
+    import torch
     from torch.nn.functional import cross_entropy
 
     ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"][:, 1:]
     places = (labels != examples.IGNORED).any(0).nonzero()[:, 0]
+    if not len(places):
+        places = torch.tensor([labels.shape[1] - 1], device=labels.device)
     wanted = labels[:, places]
+    weights = (wanted != examples.IGNORED).float()
+    if "weights" in inputs:
+        weights = weights * inputs["weights"][:, 1:][:, places]
     length, cache = min(_shared(ids), int(places[0])), None
     if share and length >= SHARED:
         cache = model(input_ids=ids[:1, :length], use_cache=True, logits_to_keep=1).past_key_values
@@ -177,10 +223,10 @@ def loss(model, inputs: dict, tokens=None, *, share: bool = True):
         use_cache=cache is not None,
         logits_to_keep=places - length,
     ).logits
-    total = cross_entropy(
-        scores.float().flatten(0, 1), wanted.flatten(), ignore_index=examples.IGNORED, reduction="sum"
+    each = cross_entropy(
+        scores.float().flatten(0, 1), wanted.flatten(), ignore_index=examples.IGNORED, reduction="none"
     )
-    return total / ((wanted != examples.IGNORED).sum() if tokens is None else tokens)
+    return (each * weights.flatten()).sum() / (weights.sum() if tokens is None else tokens)
 
 
 def _keeps_all(model) -> bool:

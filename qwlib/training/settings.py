@@ -24,6 +24,9 @@ class Settings:
     `adamw-8bit`, or `paged`, which moves to the host what does not fit into a GPU. `recompute`: activations are computed again
     in the backward pass and not kept (gradient checkpointing).
 
+    `emphasis`: how many times a token counts that an example emphasises (`examples.read`). A guard's answer has some twenty
+    tokens, and one of them is the verdict.
+
     `validation`: the share of the examples that is held back; the weights with the lowest loss on it are kept. `every`: steps
     between two validations, and between two checkpoints; a tenth of the run if it is not given. `patience`: validations without
     a lower loss after which training stops.
@@ -41,6 +44,7 @@ class Settings:
     learning_rate: float = 2e-4
     warmup: float = 0.05
     longest: int = 512
+    emphasis: float = 1
     validation: float = 0.1
     patience: int | None = None
     every: int | None = None
@@ -57,12 +61,12 @@ class Settings:
             if getattr(self, name) is not None:
                 whole_number(getattr(self, name), name)
         whole_number(self.seed, "seed", 0)
-        for name in ("epochs", "learning_rate", "alpha", "dropout", "warmup", "validation"):
+        for name in ("epochs", "learning_rate", "alpha", "emphasis", "dropout", "warmup", "validation"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise QwlibError(f"{name} is a number, not {getattr(self, name)!r}")
         if not isinstance(self.targets, tuple | list) or not all(isinstance(name, str) for name in self.targets):
             raise QwlibError(f"targets are names of layers in a tuple, not {self.targets!r}")
-        for name in ("epochs", "learning_rate", "alpha"):
+        for name in ("epochs", "learning_rate", "alpha", "emphasis"):
             if not 0 < getattr(self, name) < math.inf:
                 raise QwlibError(f"{name} must be more than 0, not {getattr(self, name)}")
         for name in ("dropout", "warmup", "validation"):

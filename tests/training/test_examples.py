@@ -180,3 +180,44 @@ def test_a_guard_s_set_is_its_official_prompt_with_the_right_answer():
         assert bool(verdict.categories) == bool(row.category and (row.label or row.response_label))
     with pytest.raises(QwlibError, match="no such set of messages: none"):
         examples.read("guard:none")
+
+
+def test_words_that_matter_more_are_found_in_their_order(shallow16, tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    row = {"prompt": "Is it safe?", "answer": '{"User": "safe", "Agent": "unsafe"}', "emphasis": ["safe", "unsafe"]}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"emphasis": "Agent"}) + "\n", encoding="utf-8")
+    read = examples.read(path)
+    assert [each.emphasis for each in read] == [("safe", "unsafe"), ("Agent",)]
+    assert examples.sha256(read[:1]) != examples.sha256([examples.Example(read[0].messages, 1)])
+    both, one = examples.tokenized(shallow16, read, 512)
+    tokenizer = shallow16.tokenizer
+    assert tokenizer.decode([both.ids[place] for place in both.emphasis]) == "safeunsafe"
+    assert tokenizer.decode([one.ids[place] for place in one.emphasis]).strip() == "Agent"
+    weights = examples.batch([both, one], 0, 8)["weights"]
+    assert weights[0].sum() == both.learnt + 7 * len(both.emphasis)
+    assert set(weights.unique().tolist()) == {0, 1, 8}
+    assert (weights[:, [label == -100 for label in both.labels]] == 0).all()
+    assert examples.batch([both, one], 0)["weights"].sum() == both.learnt + one.learnt
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "why"),
+    [
+        ("maybe", "line 1 of x.jsonl: its emphasis 'maybe' is not a part of the answer there"),
+        (["unsafe", "safe"], "its emphasis 'safe' is not a part of the answer there"),
+        (3, "its emphasis is a word of the answer, or a list of them"),
+        ([""], "its emphasis is a word of the answer, or a list of them"),
+    ],
+)
+def test_an_emphasis_that_is_not_in_the_answer_is_named(emphasis, why, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"prompt": "?", "answer": '"unsafe"', "emphasis": emphasis}), encoding="utf-8")
+    with pytest.raises(QwlibError, match=why):
+        examples.read(path)
+
+
+def test_a_guard_s_verdicts_are_emphasised():
+    rows = labelled.load("training").rows
+    read = examples.read("guard:training")
+    assert all(each.emphasis[0] == ("safe", "unsafe")[row.label] for each, row in zip(read, rows, strict=True))
+    assert [len(each.emphasis) for each in read] == [1 + (row.response_label is not None) for row in rows]

@@ -12,7 +12,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 from typer.testing import CliRunner
 
 import qwlib
@@ -143,8 +143,8 @@ def test_the_loop_by_hand_gives_the_same_losses(made, data, shallow):
         found = []
         for step in range(how.steps):
             drawn = [rows[place] for place in order[step * how.batch :][: how.batch]]
-            given = {k: v for k, v in examples.batch(drawn, lm.tokenizer.pad_token_id).items() if k != "lines"}
-            loss = model(**given).loss
+            given = examples.batch(drawn, lm.tokenizer.pad_token_id)
+            loss = model(given["input_ids"], given["attention_mask"], labels=given["labels"]).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -166,7 +166,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_positions(start, shallow):
     ]
     with qwlib.load(str(shallow), "fp32", device="cpu") as lm:
         rows = examples.tokenized(lm, rows, 512)
-        batch = {key: value for key, value in examples.batch(rows, 0).items() if key != "lines"}
+        batch = {key: value for key, value in examples.batch(rows, 0).items() if key not in ("lines", "weights")}
         assert (loop._shared(batch["input_ids"]) >= loop.SHARED) == bool(start)
         read = []
         lm.model.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
@@ -182,6 +182,12 @@ def test_the_loss_and_its_gradients_are_those_of_all_positions(start, shallow):
         found = loop.loss(lm.model, batch)
         got = gradient(found)
         assert sum(read) == batch["input_ids"].numel() if not start else sum(read) < 0.6 * batch["input_ids"].numel()
+        weights = torch.linspace(0, 3, batch["labels"].numel()).view_as(batch["labels"])
+        weighted = loop.loss(lm.model, batch | {"weights": weights})
+        each = cross_entropy(lm.model(batch["input_ids"]).logits[:, :-1].mT, batch["labels"][:, 1:], reduction="none")
+        counted = weights[:, 1:] * (batch["labels"][:, 1:] != examples.IGNORED)
+        assert weighted.item() == pytest.approx(((each * counted).sum() / counted.sum()).item(), rel=1e-5)
+        assert weighted.item() != pytest.approx(whole.item(), rel=1e-3)
         halved = loop.loss(lm.model, batch, tokens=2 * sum(row.learnt for row in rows))
         assert found.item() == pytest.approx(whole.item(), rel=1e-5)
         assert halved.item() == pytest.approx(whole.item() / 2, rel=1e-5)
