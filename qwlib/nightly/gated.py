@@ -16,6 +16,9 @@ PPL_FLOOR = 0.005  # of the perplexity
 KLD_FLOOR = 0.002  # nats a token
 TOP1_FLOOR = 0.01
 GUARD_FLOOR = 0.02
+LOSS_FLOOR = (
+    0.02  # nats a token: the same run on another processor rounds in another order, and every step adds to that
+)
 GUARD = ("f1", "recall", "false_positive_rate", "average_precision", "auroc", "brier")
 
 
@@ -47,7 +50,8 @@ def figures(outcomes: list, odd: list[str] | None = None) -> dict[str, Figure]:
         for name, row in own.items():
             if "failure" not in row:
                 try:
-                    each = _bytes(row) | _quality(row) | _guard(row) | _speed(row, own.get(_reference(name)))
+                    beside = own.get(_reference(name))
+                    each = _bytes(row) | _quality(row) | _guard(row) | _speed(row, beside) | _training(row, beside)
                     found |= {f"{name}/{key}": each[key] for key in each if math.isfinite(each[key].value)}
                 except ODD:
                     if odd is not None:
@@ -72,6 +76,7 @@ def _facts(row: dict, record: dict) -> dict:
     facts |= {key: scored.get(key) for key in ("protocol", "tokens")}
     facts |= {key: timed.get(key) for key in ("engine", "batch", "prompt_tokens", "new_tokens")}
     facts |= {"messages": row.get("guard", {}).get("n"), "file": file.get("sha256")}
+    facts |= {"data": row.get("training", {}).get("data", {}).get("sha256")}
     facts |= {key: version for key, version in file.get("tools", {}).items() if key not in known}
     return {key: _short(value) for key, value in facts.items() if value is not None}
 
@@ -150,6 +155,21 @@ def _speed(row: dict, reference: dict | None) -> dict[str, Figure]:
             found[{"decode": "decode_tok_s", "ttft": "ttft_s"}[name]] = Figure(value, "time", less=less)
         elif value and other:
             found[f"{name}_over_16_bit"] = Figure(value / other, "ratio", less=less)
+    return found
+
+
+def _training(row: dict, reference: dict | None) -> dict[str, Figure]:
+    """What was trained: the lowest validation loss, and peak and time, over those of 16 bits where there is such a run."""
+    trained, base = row.get("training", {}), (reference or {}).get("training", {})
+    found = {}
+    if checks := trained.get("validation_losses"):
+        found["validation_loss"] = Figure(min(check["loss"] for check in checks), "paired", LOSS_FLOOR)
+    for name, key in (("step", "step_s"), ("train_peak", "peak_bytes")):
+        value, other = trained.get(key), base.get(key)
+        if value and trained is base and key == "step_s":
+            found["train_step_s"] = Figure(value, "time", less=True)
+        elif value and other and trained is not base:
+            found[f"{name}_over_16_bit"] = Figure(value / other, "ratio", less=True)
     return found
 
 

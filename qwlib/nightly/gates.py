@@ -3,12 +3,13 @@
 There are four kinds of metric:
 
     exact    bytes of weights, of scales, and of cache per token. They are counted, not timed. Any difference is a regression.
-    paired   perplexity, KL divergence, a guard's scores. The same model reads the same text again, so sampling errors cancel,
-             and only rounding is left. The tolerance is one standard error of the accepted measurement, in both directions, with
-             a floor (another processor's kernels changed perplexity by up to 0.15 %: docs/measured.md). A metric that suddenly
-             improves is a regression too, because something else is being measured.
-    ratio    speed divided by the 16-bit speed of the same run, and share of the roofline. A slow machine slows both. Only a
-             slower value counts, compared with the median of the last seven passes on this device. It needs at least three.
+    paired   perplexity, KL divergence, a guard's scores, the validation loss of a training run. The same model reads the same
+             text again, so sampling errors cancel, and only rounding is left. The tolerance is one standard error of the accepted
+             measurement, in both directions, with a floor (another processor's kernels changed perplexity by up to 0.15 %:
+             docs/measured.md). A metric that suddenly improves is a regression too, because something else is being measured.
+    ratio    speed divided by the 16-bit speed of the same run (for training the time of a step and the peak of memory), and share
+             of the roofline. A slow machine slows both. Only a slower value counts, compared with the median of the last seven
+             passes on this device. It needs at least three.
     time     the 16-bit speed itself, and a notebook's seconds. They are compared with the same median, and may be half as slow
              again.
 

@@ -111,6 +111,36 @@ def test_a_guard_may_move_by_the_error_of_its_rows(tmp_path, metric):
             assert (metric in regressed(gates.judge(night(moved), baseline, gates.Past()))) == broken
 
 
+def trained(loss: float, step_s: float = 1.0, peak_bytes: int = 1000) -> dict:
+    checks = [{"step": 20, "loss": loss + 0.3}, {"step": 40, "loss": loss}, {"step": 60, "loss": loss + 0.1}]
+    return {"validation_losses": checks, "step_s": step_s, "peak_bytes": peak_bytes, "data": {"sha256": "ab" * 32}}
+
+
+def test_a_training_run_may_end_with_another_loss_by_rounding_alone(tmp_path):
+    baseline = accepted(tmp_path, night(row("nf4", training=trained(2.5))))
+    assert baseline["given"]["03/m/nf4"]["data"] == "abababababab"
+    for loss, broken in ((2.519, False), (2.521, True), (2.481, False), (2.479, True)):
+        found = gates.judge(night(row("nf4", training=trained(loss))), baseline, gates.Past())
+        assert set(regressed(found)) == ({"validation_loss"} if broken else set())
+
+
+def test_time_and_peak_of_training_are_ratios_to_16_bits_of_the_same_run():
+    passes = {
+        "03/m/nf4/step_over_16_bit": [1.10, 1.12, 1.09],
+        "03/m/nf4/train_peak_over_16_bit": [0.8, 0.8, 0.8],
+        "03/m/bf16/train_step_s": [2.0, 2.1, 1.9],
+    }
+    for step, peak, wanted in (
+        (4.4, 800, set()),
+        (5.2, 800, {"step_over_16_bit"}),
+        (4.4, 950, {"train_peak_over_16_bit"}),
+    ):
+        rows = row("bf16", training=trained(2.5, 3.0)), row("nf4", training=trained(2.5, step * 3 / 4, peak))
+        assert set(regressed(gates.judge(night(*rows), None, past(passes)))) == wanted
+    slow = night(row("bf16", training=trained(2.5, 4.0)), row("nf4", training=trained(2.5, 4.4, 800)))
+    assert set(regressed(gates.judge(slow, None, past(passes)))) == {"train_step_s"}
+
+
 def past(passes: dict[str, list[float]]) -> gates.Past:
     """A history in which every figure strayed last night: what is beyond its tolerance tonight is a regression."""
     return gates.Past(passes, set(passes))
@@ -407,6 +437,7 @@ def test_a_baseline_that_cant_be_read_is_told_and_kept_aside(tmp_path, content, 
         {"memory": 7},
         {"speed": {"ttft_s": 3}},
         {"guard": {"f1": "high"}},
+        {"training": {"validation_losses": [3]}},
         {"model": "a name"},
         {"scheme": {"bits": 4}},
     ],
