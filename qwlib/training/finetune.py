@@ -180,7 +180,8 @@ def adapted(lm: Lm, how: Settings):
         use_dora=how.method == "dora",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(lm.model, config)
+    with loop.still():
+        return get_peft_model(lm.model, config)
 
 
 def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int, own: ranks.Ranks) -> dict:
@@ -194,12 +195,13 @@ def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int, own
     model = lm.model
     frozen, learnt = [p for p in model.parameters() if not p.requires_grad], loop.trained(model)
     before, first = fingerprint(frozen), fingerprint(learnt.values())
-    trainer = loop.trainer(model, lm, how, train, validation, place, own)
+    with loop.still():
+        trainer = loop.trainer(model, lm, how, train, validation, place, own)
     if own.first:
         _remove_half(place)
     own.wait()
     metered, resumed = memory.reset_peak(lm.device), _last_checkpoint(place)
-    with bnb_ends.left_out():
+    with bnb_ends.left_out(), loop.still():
         if not (resumed and loop.ended(trainer, resumed)):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     peak = memory.peak_bytes(lm.device) if metered else None

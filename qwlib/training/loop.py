@@ -4,18 +4,36 @@
 built on it and brings its own handling of data, which `examples.py` does here with line numbers.
 """
 
+import contextlib
+import logging
 import math
 import statistics
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import QwlibError
-from ..running.lm import Lm
+from ..running.lm import Lm, quiet
 from . import examples
 from .ranks import Ranks
 from .settings import OPTIMIZERS, Settings
 
 SHARED = 32  # tokens that all rows of a batch begin with, from which on they are read once
+
+
+@contextlib.contextmanager
+def still() -> Iterator[None]:
+    """Without what transformers and accelerate tell about names of their own that are going to change, and about devices."""
+    logger = logging.getLogger("transformers.trainer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|accelerate")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def trainer(model, lm: Lm, how: Settings, train, validation, place: Path, ranks: Ranks):
