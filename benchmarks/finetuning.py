@@ -7,38 +7,15 @@ docstring. The validation loss is over a tenth of them, which no run has learnt 
 """
 
 import argparse
-import importlib
-import inspect
-import json
 import tempfile
 from pathlib import Path
 
 import qwlib
+from qwlib.lessons import docstrings
 from qwlib.machine import about
 from qwlib.models import catalog
 
-MODULES = (
-    "argparse array ast asyncio base64 bisect calendar cmath codecs collections contextlib copy csv datetime decimal "
-    "difflib dis email.utils enum fileinput fnmatch fractions functools getpass glob gzip hashlib heapq html inspect io "
-    "ipaddress itertools json linecache locale logging math mimetypes operator os pathlib pickle platform pprint random re "
-    "secrets shlex shutil signal socket statistics string struct subprocess sys tempfile textwrap threading time tokenize "
-    "traceback types urllib.parse uuid warnings weakref zipfile zlib"
-)
 ROWS = (("bf16", "lora"), ("nf4-dq", "lora"), ("nf4-all", "lora"), ("int8", "lora"), ("bf16", "dora"), ("fp32", "full"))
-
-
-def write(path: Path) -> int:
-    """A line for every public function with a docstring whose first sentence is short; how many there are."""
-    pairs = {}
-    for name in MODULES.split():
-        module = importlib.import_module(name)
-        for called, found in vars(module).items():
-            text = inspect.getdoc(found) if callable(found) and not called.startswith("_") else None
-            first = " ".join((text or "").partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
-            if 20 < len(first) < 120 and "(" not in first and not inspect.isclass(found):
-                pairs.setdefault(first, {"prompt": f"What does {name}.{called} in Python do?", "answer": f"{first}."})
-    path.write_text("\n".join(map(json.dumps, pairs.values())), encoding="utf-8")
-    return len(pairs)
 
 
 def main() -> None:
@@ -47,7 +24,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "python.jsonl"
-        env, count = about.environment(), write(data)
+        env, count = about.environment(), docstrings.write(data)
         print(f"{env['cpu']}, {count} examples, {steps} steps of 8")
         print(
             "| scheme | method | trained | weights (GB) | peak (GB) | s a step | tokens/s | loss before | validation loss |"

@@ -33,7 +33,8 @@ MODULES = {
     name: room
     for room, names in {
         "machine": "clock devices memory processor",
-        "lessons": "exercises fourbit integers kernel_pictures pictures predictions tiles",
+        "lessons": "activations docstrings exercises fourbit integers kernel_pictures lowrank pictures predictions tiles "
+        "training_pictures",
         "models": "artefacts catalog checkpoints embedded estimates hub texts",
         "running": "streaming",
         "kernels": "linear4bit profiles",
@@ -41,6 +42,7 @@ MODULES = {
         "guard": "classify guards judging labelled verdicts",
         "loading": "calibration fresh merging",
         "measuring": "compare describing plots quality record tasks timing",
+        "training": "anatomy examples loop on_gpu",
         "publishing": "card publish",
     }.items()
     for name in names.split()

@@ -131,6 +131,16 @@ def outside(model: str) -> float:
     return counted["other"] / sum(counted.values())
 
 
+def linear_shapes(model: str) -> list[tuple[int, int]]:
+    """(outputs, inputs) of every linear layer but the output head: those that schemes quantize and adapters are put over.
+
+    Raises QwlibError for an unknown model.
+    """
+    shapes = meta_model(catalog.find(model))
+    plan = schemes.plan(shapes, schemes.find("nf4"))
+    return [tuple(shapes.get_submodule(name).weight.shape) for name, fmt in plan.items() if fmt == "nf4"]
+
+
 def breakdown(model: str, scheme: str = "bf16") -> dict[str, int]:
     """Bytes by part: `linear layers`, `embedding`, `head`, `embedding and head` where they are one tensor, `other` (norms,
     biases, positions, buffers), and `scales and code books` of all of them. Together they are `estimate`'s weights and state.

@@ -103,7 +103,8 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path, ranks:
             return (found, {}) if return_outputs else found
 
         def _save(self, output_dir=None, state_dict=None):
-            super()._save(output_dir, trained(model) if state_dict is None else state_dict)
+            with quiet():
+                super()._save(output_dir, trained(model) if state_dict is None else state_dict)
 
         def told(self) -> dict:
             history = self.state.log_history

@@ -12,13 +12,13 @@ import torch
 
 import qwlib
 from qwlib import QwlibError, artefacts, classify, estimates, schemes, streaming, verdicts
-from qwlib.lessons import exercises, fourbit, integers, tiles
+from qwlib.lessons import exercises, fourbit, integers, lowrank, tiles
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LIBRARY = {
     each.__name__.rpartition(".")[2]: each
     for each in (
-        *(qwlib, torch, exercises, fourbit, integers, tiles),
+        *(qwlib, torch, exercises, fourbit, integers, lowrank, tiles),
         *(artefacts, classify, estimates, schemes, streaming, verdicts),
     )
 }
@@ -72,6 +72,12 @@ ANSWERS = {
         ("(5, 4)", ["(4, 5)", "(4, 3)", "(3.56, 3.56)", "5"]),
         ("(6, 1)", ["(6, 0)", "(6, 3)", "(9, 1)", "6"]),
     ],
+    "08_finetuning": [
+        ("2 * 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432) / 1e6", ["41.9", "167.8", "2 * 41.9 * 7"]),
+        ('"a"', ['"b"', '"x"', "0"]),
+        ("0.14", ["5e-4", "10", "0.3", "'0.14'"]),
+        ("6", ["5", "7", "8", "6.3"]),
+    ],
 }
 
 
@@ -95,6 +101,7 @@ def story(tmp_path_factory):
         "Path": Path,
         "off": off,
         "weight": torch.randn(64, 64, generator=generator),
+        "gradient": torch.randn(64, 64, generator=generator),
         "SCHEME": "nf4-dq",
         "batches": [*gap],
         "sweeps": {"nf4-dq": [{"itl_s": {"p50": s}} for s in gap.values()]},

@@ -121,3 +121,10 @@ def test_experts_of_a_mixture_stay_in_16_bits_and_the_estimate_says_so(tmp_path,
     assert f"{four.held_bits:.2f}" in done
     assert f"{estimates.outside(str(tmp_path)):.0%} of the parameters are outside the linear layers" in done
     assert "no linear layer" not in CliRunner().invoke(main.app, ["estimate", "opt-350m", "nf4"]).stdout
+
+
+def test_linear_shapes_are_those_that_adapters_are_put_over():
+    attention, mlp = [(576, 576), (192, 576), (192, 576), (576, 576)], [(1536, 576), (1536, 576), (576, 1536)]
+    assert estimates.linear_shapes("smollm2-135m") == 30 * (attention + mlp)
+    assert (50432, 6144) not in estimates.linear_shapes("gpt-neox-20b")  # its head is a matrix of its own
+    assert len(estimates.linear_shapes("gpt-neox-20b")) == 44 * 4
