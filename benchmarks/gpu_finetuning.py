@@ -9,7 +9,6 @@ run of `qwlib finetune` in a process of its own, or in one for each GPU. Without
 import argparse
 import datetime
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -17,35 +16,11 @@ from pathlib import Path
 
 from qwlib import files
 from qwlib.machine import about
-from qwlib.models import embedded
+from qwlib.training import on_gpu
+from qwlib.training.on_gpu import LENGTH
 
-LENGTH = 512
 BATCHES = (1, 2, 4, 8)
-WORDS = ("the", "of", "and", "to", "in", "is", "for", "on", "with", "as", "by", "at", "from", "that", "this", "not")
-WORDS += ("are", "was", "be", "or")
 HEAD = ("model", "scheme", "method", "batch", "length", "recompute", "gpus")
-
-
-def write(path: Path, count: int = 64) -> None:
-    """Conversations of `LENGTH` tokens each, in the embedded model's tokenizer and chat template."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.checkpoint())
-    draw = random.Random(0)
-
-    def line(words: int) -> dict:
-        text = " ".join(draw.choices(WORDS, k=words))
-        return {"prompt": " ".join(draw.choices(WORDS, k=4)), "answer": text}
-
-    def tokens(row: dict) -> int:
-        said = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
-        return len(tokenizer(tokenizer.apply_chat_template(said, tokenize=False).rstrip())["input_ids"])
-
-    spare = LENGTH - tokens(line(100)) + 100
-    rows = [line(spare) for _ in range(count)]
-    if {tokens(row) for row in rows} != {LENGTH}:
-        raise SystemExit("the words are not one token each: choose others")
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 def jobs(gpus: list[int]) -> list[dict]:
@@ -119,7 +94,7 @@ def main() -> None:
     done = [{key: row[key] for key in HEAD} for row in found["rows"]]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "words.jsonl"
-        write(data)
+        on_gpu.write(data)
         for job in jobs(asked.gpus):
             if job in done:
                 continue
