@@ -286,6 +286,12 @@ def finetune(
     weights: Annotated[
         str, typer.Option(help="`trained` or `random`: the model's true shape without a download, to see what fits.")
     ] = "trained",
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate", help="Predict the memory for batches of `--longest` tokens. Nothing is loaded or trained."
+        ),
+    ] = False,
 ) -> None:
     """Train a model on examples: LoRA, or QLoRA where the scheme has 4 bits.
 
@@ -299,11 +305,13 @@ def finetune(
     from .training import ranks
     from .training.settings import Settings
 
-    if data is None or out is None:
-        raise QwlibError("name the examples with --data FILE and the folder to write with --out FOLDER")
     settings = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__} | {
         "targets": tuple(target or ())
     }
+    if estimate:
+        return _print_training(_named(first, None), second or "nf4-dq", device, settings)
+    if data is None or out is None:
+        raise QwlibError("name the examples with --data FILE and the folder to write with --out FOLDER")
     folder, told = training.finetune(
         _named(first, None), second or "nf4-dq", data, out, device=device, weights=weights, **settings
     )
@@ -317,6 +325,21 @@ def finetune(
             print(f"{kind.replace('_', ' ')}: {ends[0]:.3f} to {ends[1]:.3f}")
     if found.get("kept_step", found["steps"]) != found["steps"]:
         print(f"kept: the weights of step {found['kept_step']}, which had the lowest validation loss")
+
+
+def _print_training(row, scheme: str, device: str | None, settings: dict) -> None:
+    """The predicted memory of a training step as a table, part by part."""
+    from .training import predicted
+
+    batch, length = settings.pop("batch"), settings.pop("longest")
+    with processes.importing():
+        found = predicted.estimate(row, scheme, batch=batch, length=length, device=device, **settings)
+    rows = [[part, f"{size / 1e9:.3f}"] for part, size in found.told().items() if part != "all_gradients"]
+    print(f"{row.name} in {scheme}: the peak of a training step with {batch} examples of {length} tokens, all learnt")
+    _table("", ["part", "memory (GB)"], rows)
+    print(
+        f"All gradients together, at the end of the backward pass: {found.all_gradients / 1e9:.3f} GB. 1 GB is 10⁹ bytes."
+    )
 
 
 @app.command()

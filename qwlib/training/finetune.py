@@ -12,13 +12,14 @@ from pathlib import Path
 
 from .. import files
 from ..backends import bnb_ends
-from ..errors import QwlibError, unknown
+from ..errors import QwlibError
 from ..loading.load import load
 from ..machine import memory
 from ..measuring import describing, record
 from ..models import catalog, estimates
 from ..running.lm import Lm, quiet
-from . import examples, loop, ranks
+from . import examples, loop, predicted, ranks
+from .adapting import adapted
 from .settings import Settings
 
 RECORD, SETTINGS = "training.json", "settings.json"
@@ -44,11 +45,7 @@ def finetune(
     Raises QwlibError in one line: an `out` that exists, unusable data, a scheme that can't be trained, an unknown target, a loss
     that is no number (with the step and the lines of the batch), a full disk, and what `load` raises.
     """
-    try:
-        how = Settings(**settings)
-    except TypeError as error:
-        known = ", ".join(Settings.__dataclass_fields__)
-        raise QwlibError(f"{str(error).partition('() ')[2] or error}: settings are {known}") from None
+    how = Settings.of(**settings)
     out = Path(out).expanduser().absolute()
     if out.exists():
         raise QwlibError(f"{out} is there already: name a new folder")
@@ -75,6 +72,9 @@ def finetune(
         if how.validation and not (kept and held):
             raise QwlibError(f"{len(given)} examples can't be split: give more, or validation=0")
         parts = [examples.tokenized(lm, part, how.longest) for part in (kept, held)]
+        expected = _expected(lm, how, parts[0], how.batch // own.world)
+        loop.imported()
+        memory.give_back()
         used = memory.used_bytes(lm.device)
         lm.model = adapted(lm, how)
         with _explained(place), files.alone(place) if own.first else contextlib.nullcontext():
@@ -87,7 +87,7 @@ def finetune(
                 model=describing.describe_model(lm, estimates.estimate(row, lm.scheme.name).parameters),
                 scheme=describing.describe_scheme(lm.scheme, lm.manifest),
                 memory=dict(lm.memory),
-                training=found | {"settings": how.told(), "data": _about(data, given, parts)},
+                training=found | expected | {"settings": how.told(), "data": _about(data, given, parts)},
             )
             told["env"] |= describing.describe_choices(lm)
             if own.first:
@@ -96,6 +96,13 @@ def finetune(
                 shutil.rmtree(place, ignore_errors=True)
             own.wait()
     return out, told
+
+
+def _expected(lm: Lm, how: Settings, rows, batch: int) -> dict:
+    """The predicted peak for a record, empty for a model whose training can't be predicted."""
+    with contextlib.suppress(QwlibError):
+        return {"predicted_bytes": predicted.of_examples(lm.row, lm.scheme, how, rows, batch, lm.device.type).told()}
+    return {}
 
 
 @contextlib.contextmanager
@@ -148,40 +155,6 @@ def _claim(place: Path, lm: Lm, how: Settings, given) -> None:
                 return
         raise QwlibError(f"{place} holds an unfinished run of other settings: remove it, or name another folder")
     files.write_text(file, json.dumps(wanted, indent=1) + "\n")
-
-
-def adapted(lm: Lm, how: Settings):
-    """The model with trainable matrices beside its layers, all else frozen; for `full` the model itself, all of it trainable.
-
-    Raises QwlibError for a target that the model has not.
-    """
-    import torch
-
-    if how.method == "full":
-        return lm.model.requires_grad_(True)
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    # parts that waited on the host while they were quantized are on the GPU by now, and peft would place them again
-    lm.model.hf_device_map = {"": lm.device}
-    head, kinds = lm.model.get_output_embeddings(), (torch.nn.Linear, Conv1D)
-    linear = {n for n, m in lm.model.named_modules() if isinstance(m, kinds) and m is not head}
-    names = sorted({name.rpartition(".")[2] for name in linear})
-    for target in how.targets:
-        if target not in names:
-            raise unknown("target", target, names)
-    torch.manual_seed(how.seed)  # the first matrix of each pair is drawn
-    config = LoraConfig(
-        r=how.rank,
-        lora_alpha=how.alpha,
-        lora_dropout=how.dropout,
-        target_modules=list(how.targets) or names,
-        use_rslora=how.method == "rslora",
-        use_dora=how.method == "dora",
-        task_type="CAUSAL_LM",
-    )
-    with loop.still():
-        return get_peft_model(lm.model, config)
 
 
 def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int, own: ranks.Ranks) -> dict:

@@ -36,6 +36,16 @@ def still() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def imported() -> None:
+    """Import the libraries that training needs, so that their memory is not taken for what training takes."""
+    import peft
+    import transformers
+
+    # transformers imports a part of it when it is asked for it
+    for asked in (peft.get_peft_model, transformers.Trainer, transformers.TrainingArguments):
+        assert asked
+
+
 def trainer(model, lm: Lm, how: Settings, train, validation, place: Path, ranks: Ranks):
     """transformers' Trainer with our batches, which stops at the first loss that is no number.
 
@@ -45,11 +55,8 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path, ranks:
     import torch
     import transformers
 
-    seconds, tokens, batches = (
-        [],
-        [],
-        [],
-    )  # seconds of each step, tokens of each batch, batches until the end of each step
+    # seconds of each step, tokens of each batch, and how many batches there were at the end of each step
+    seconds, tokens, batches = [], [], []
 
     class Trainer(transformers.Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -133,7 +140,7 @@ def trainer(model, lm: Lm, how: Settings, train, validation, place: Path, ranks:
             batches.append(len(tokens))
 
     arguments = _arguments(lm, how, how.steps_over(len(train)), place, checked=bool(validation))
-    share = not how.recompute and not how.dropout and _keeps_all(model)
+    share = not how.recompute and not how.dropout and keeps_all(model)
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id or 0
 
     def mine(rows):
@@ -216,7 +223,7 @@ def loss(model, inputs: dict, tokens=None, *, share: bool = True):
     Scores are computed only where a label follows that is learnt in some row. With a large vocabulary and short answers, the
     scores of all positions would take most of the memory. What all rows of the batch begin with (a system message, a guard's long
     instructions) is read once with `share`, and its keys and values serve all rows; gradients flow through them. It needs a model
-    that keeps keys and values of all positions (`_keeps_all`).
+    that keeps keys and values of all positions (`keeps_all`).
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -248,7 +255,7 @@ def loss(model, inputs: dict, tokens=None, *, share: bool = True):
     return (each * weights.flatten()).sum() / (weights.sum() if tokens is None else tokens)
 
 
-def _keeps_all(model) -> bool:
+def keeps_all(model) -> bool:
     """Whether a model's cache has keys and values of all positions in every layer: no sliding windows, no recurrent layers."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

@@ -52,6 +52,18 @@ class Settings:
     recompute: bool = False
     seed: int = 0
 
+    @classmethod
+    def of(cls, **settings) -> "Settings":
+        """The settings of these names.
+
+        Raises QwlibError for a name that is none of them, and for a value that is not allowed.
+        """
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise QwlibError(f"{str(error).partition('() ')[2] or error}: settings are {known}") from None
+
     def __post_init__(self):
         if self.method not in METHODS:
             raise unknown("method", self.method, METHODS)

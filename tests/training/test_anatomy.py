@@ -31,7 +31,9 @@ def parts(data, shallow):
 def test_batches_are_those_that_the_library_trains_on(data, parts, shallow, tmp_path, monkeypatch):
     seen = []
     plain = examples.batch
-    monkeypatch.setattr(examples, "batch", lambda rows, pad, *_: seen.append([r.line for r in rows]) or plain(rows, pad))
+    monkeypatch.setattr(
+        examples, "batch", lambda rows, pad, *_: seen.append([r.line for r in rows]) or plain(rows, pad)
+    )
     finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", device="cpu", **HOW.told())
     wanted = [[row.line for row in rows] for rows in anatomy.batches(parts[0], HOW)]
     assert seen[:3] == wanted

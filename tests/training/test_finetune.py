@@ -80,6 +80,10 @@ def test_losses_fall_and_everything_is_written_down(scheme, made, shallow):
     assert training["trained_modules"] == 3 * 7
     assert training["step_s"] > 0
     assert training["tok_s"] > 0
+    parts = training["predicted_bytes"]
+    held = told["memory"]["weights_bytes"] + told["memory"]["state_bytes"]
+    assert parts["weights"] == pytest.approx(held, rel=0.001)
+    assert parts["adapter"] == 4 * training["trained_parameters"]
     assert record.read(folder / finetune.RECORD) == told
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
