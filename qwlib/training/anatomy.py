@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..lessons import activations, lowrank
 from ..loading.load import load
 from ..models import estimates
-from . import examples, finetune, loop
+from . import adapting, examples, loop
 from .settings import Settings
 
 
@@ -40,7 +40,7 @@ def parts(model: str, scheme: str, how: Settings, run: Iterable[Sequence[example
     full = how.method == "full"
     count = stored.parameters if full else lowrank.numbers(estimates.linear_shapes(model), how.rank)
     with load(model, scheme) as lm:
-        lm.model = finetune.adapted(lm, how).train()
+        lm.model = adapting.adapted(lm, how).train()
         batch = tensors(lm, largest)
         kept = activations.kept_bytes(lm.model, lambda: loop.loss(lm.model, batch))
     return {
