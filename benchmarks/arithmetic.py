@@ -1,4 +1,4 @@
-"""Matrix multiplications in 16 bits and in float32: one layer with several numbers of rows, then whole models.
+"""Matrix multiplications in 16 bits and in float32: a layer with several numbers of rows, whole models, a step of training.
 
     python benchmarks/arithmetic.py [--scheme bf16 --scheme nf4-dq --scheme int8] [--rounds 3]
 
@@ -24,6 +24,8 @@ import qwlib
 from qwlib.machine import arithmetic, clock, processes, processor
 from qwlib.measuring import quality, timing
 from qwlib.models import embedded
+from qwlib.training import adapting
+from qwlib.training.settings import Settings
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 LAYERS = {"576 → 1,536": (1536, 576), "head, 576 → 49,152": (49_152, 576), "4,096 → 4,096": (4096, 4096)}
@@ -75,19 +77,40 @@ def figures(lm) -> tuple:
     return ppl, took, one["ttft_s"]["p50"], one["decode_tok_s"], eight["decode_tok_s"]
 
 
+def training(rows: int = 4, tokens: int = 64) -> None:
+    """The forward and the backward pass of a LoRA step in bfloat16, without the optimizer's."""
+    print(f"\n{'LoRA, bf16':12} {'forward, s':>10} {'backward, s':>11}   {rows} × {tokens} tokens, better of two")
+    own = mock.patch.object(arithmetic, "choose", lambda dtype, device: (dtype, "asked for"))
+    for name, way in (("default", own), ("qwlib", contextlib.nullcontext())):
+        with way, qwlib.load("smollm2-135m", "bf16", device="cpu", engine="eager") as lm:
+            model, ids = adapting.adapted(lm, Settings()).train(), torch.arange(rows * tokens).view(rows, tokens)
+            times = []
+            for _ in range(2):
+                began = time.perf_counter()
+                loss = model(input_ids=ids, labels=ids).loss
+                read = time.perf_counter()
+                loss.backward()
+                times.append((read - began, time.perf_counter() - read))
+            del model, loss
+        print(f"{name:12} {min(t[0] for t in times):10.2f} {min(t[1] for t in times):11.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scheme", action="append")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--here", action="store_true", help="on this processor only")
     parser.add_argument("--models", action="store_true", help="without the table of layers")
+    parser.add_argument("--training", action="store_true", help="a step of training alone")
     asked = parser.parse_args()
     print(f"{processor.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     dtype, why = arithmetic.choose(torch.bfloat16, torch.device("cpu"))
     print(f"matrix multiplications with several rows in {str(dtype).removeprefix('torch.')} ({why})\n")
-    if not asked.models:
+    if not (asked.models or asked.training):
         layers(asked.rounds)
-    models(asked.scheme or ["bf16", "nf4-dq", "int8"], asked.rounds)
+    if not asked.training:
+        models(asked.scheme or ["bf16", "nf4-dq", "int8"], asked.rounds)
+    training()
     if not asked.here and processor.capability() != "AVX2":
         print(flush=True)
         subprocess.run(

@@ -51,24 +51,28 @@ _MARKERS = {
     "exl3-4bit": "P",
     "exl3-2bit": "p",
 }
+_OTHERS = "*hH8"  # markers that no scheme has
 
 
 def looks(names) -> dict[str, dict]:
     """Each name's `color` and `marker`, as matplotlib calls them.
 
-    A name that starts with no known family takes one of the colours that the others leave.
+    A name that starts with no known family takes one of the colours that the others leave. A variant (`nf4-dq, merged`) takes
+    another marker beside what it is a variant of.
     """
     families = {
         name: next((n for n, starts in enumerate(_FAMILIES) if name.lower().startswith(starts)), None) for name in names
     }
     spare = itertools.cycle([n for n in range(len(COLOURS)) if n not in families.values()] or range(len(COLOURS)))
-    return {
-        name: {
-            "color": COLOURS[next(spare) if number is None else number],
-            "marker": _MARKERS.get(name.lower().partition(",")[0], "o"),
-        }
-        for name, number in families.items()
-    }
+    found, taken = {}, set()
+    for name, number in families.items():
+        colour = COLOURS[next(spare) if number is None else number]
+        known, variant, _ = name.lower().partition(",")
+        markers = [_MARKERS.get(known, "o"), *(_OTHERS if variant else "")]
+        marker = next((marker for marker in markers if (colour, marker) not in taken), markers[0])
+        taken.add((colour, marker))
+        found[name] = {"color": colour, "marker": marker}
+    return found
 
 
 def axes(width: float = 7.0, height: float = 3.2, columns: int = 1):

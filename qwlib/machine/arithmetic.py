@@ -11,8 +11,8 @@ float32 in both cases. Multiplications with fewer rows stay in the type of the w
 reading half as many bytes is faster. 4-bit layers make this choice themselves, in `backends/bnb.py`, because for them the speed
 with one row depends on how fast the weights are dequantized.
 
-What it leaves out: training. With gradients, matrix multiplications stay as they are. How it differs from autocast: autocast
-changes to a lower precision, converts whole weights, and keeps them.
+Training takes the same way, forward and backward: a gradient is calculated in float32 and has the type of its tensor. How it
+differs from autocast: autocast changes to a lower precision, converts whole weights, and keeps them.
 """
 
 import functools
@@ -80,6 +80,32 @@ def linear(x, weight, bias=None):
     return out
 
 
+class _Differentiable(torch.autograd.Function):
+    """`linear` with gradients, which are calculated in float32 too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias=None):
+        # x is needed for the gradient of a weight alone, and that of an adapter's base is frozen
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        wanted, flat = ctx.needs_input_grad, gradient.float().flatten(0, -2)
+        found: list[torch.Tensor | None] = [None, None, None]
+        if wanted[0]:
+            step, total = max(1, SLICE // weight.shape[1]), flat.new_zeros(len(flat), weight.shape[1])
+            for at in range(0, len(weight), step):
+                total.addmm_(flat[:, at : at + step], weight[at : at + step].float())
+            found[0] = total.to(gradient.dtype).view(*gradient.shape[:-1], weight.shape[1])
+        if wanted[1]:
+            found[1] = (flat.T @ x.float().flatten(0, -2)).to(weight.dtype)
+        if len(wanted) > 2 and wanted[2]:
+            found[2] = flat.sum(0).to(gradient.dtype)
+        return tuple(found[: len(wanted)])
+
+
 class Float32Products(TorchFunctionMode):
     """Within it, matrix multiplications of plain 16-bit tensors with `ROWS` or more rows are calculated in float32 on the CPU."""
 
@@ -87,7 +113,8 @@ class Float32Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is functional.linear and not kwargs:
             if all(map(_narrow, args[:2])) and args[0].shape[:-1].numel() >= ROWS:
-                return linear(*args)
+                learnt = torch.is_grad_enabled() and any(getattr(each, "requires_grad", False) for each in args)
+                return _Differentiable.apply(*args) if learnt else linear(*args)
         elif function in PRODUCTS and "out" not in kwargs:
             given = [*args, *kwargs.values()]  # BLOOM names the factors of its product
             tensors = [each for each in given if isinstance(each, torch.Tensor)]
@@ -105,17 +132,23 @@ def _narrow(tensor) -> bool:
 def hook(model) -> Callable[[], None]:
     """Run a transformers model under `Float32Products` whenever it reads several tokens. Call the returned function to undo it.
 
-    Only two forward hooks are added. Modules, their names, weights and bytes stay as they are.
+    Only two forward hooks are added. Modules, their names, weights and bytes stay as they are. Layers whose activations are
+    computed again in the backward pass (gradient checkpointing) do that under `Float32Products` too.
     """
     entered = threading.local()  # the modes of this thread's calls that have not returned yet
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's generate calls that one
+    calls = {}  # layers whose activations are computed again → transformers' function that does it
 
     def enter(_, args, kwargs) -> None:
         if torch.compiler.is_compiling():
             return
+        for layer in inner.modules() if torch.is_grad_enabled() else ():
+            if getattr(layer, "gradient_checkpointing", False) and layer not in calls:
+                calls[layer] = layer._gradient_checkpointing_func
+                layer._gradient_checkpointing_func = functools.partial(_twice, calls[layer])
         read = args[0] if args else kwargs.get("input_ids")
         read = kwargs.get("inputs_embeds") if read is None else read
-        several = read is None or read.shape[:2].numel() >= ROWS
-        mode = Float32Products() if several and not torch.is_grad_enabled() else None
+        mode = Float32Products() if read is None or read.shape[:2].numel() >= ROWS else None
         if mode:
             mode.__enter__()
         entered.modes = [*getattr(entered, "modes", ()), mode]
@@ -127,7 +160,22 @@ def hook(model) -> Callable[[], None]:
         if mode:
             mode.__exit__(None, None, None)
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's generate calls that one
+    def undo() -> None:
+        before.remove()
+        after.remove()
+        for layer, call in calls.items():
+            layer._gradient_checkpointing_func = call
+
     before = inner.register_forward_pre_hook(enter, with_kwargs=True)
     after = inner.register_forward_hook(leave, always_call=True)
-    return lambda: (before.remove(), after.remove())
+    return undo
+
+
+def _twice(call, layer, hidden, *more):
+    """transformers' `call` of a `layer` that is called again in the backward pass, where the model's hooks are not."""
+
+    def wide(*args):
+        with Float32Products():
+            return layer(*args)
+
+    return call(wide if hidden.shape[:2].numel() >= ROWS else layer, hidden, *more)

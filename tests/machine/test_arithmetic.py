@@ -73,6 +73,27 @@ def test_a_product_in_slices_is_the_exact_one_rounded_once(dtype, outputs):
     assert not ((sum(halves).double() - again).abs() <= torch.finfo(dtype).eps / 2 * again.abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_are_the_exact_ones_rounded_once(frozen):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 16, 192).bfloat16(), (0.05 * torch.randn(2 + arithmetic.SLICE // 192, 192)).bfloat16()
+    bias, back = torch.randn(len(weight)).bfloat16(), torch.randn(2, 16, len(weight)).bfloat16()
+    leaves = [x.requires_grad_(), *(each.requires_grad_(not frozen) for each in (weight, bias))]
+    with arithmetic.Float32Products():
+        out = functional.linear(*leaves)
+    assert out.dtype is torch.bfloat16
+    out.backward(back)
+    twins = [each.detach().double().requires_grad_(each.requires_grad) for each in leaves]
+    functional.linear(*twins).backward(back.double())
+    for leaf, twin in zip(leaves, twins, strict=True):
+        assert (leaf.grad is None) == (twin.grad is None)
+        if twin.grad is not None:
+            assert leaf.grad.dtype is torch.bfloat16
+            allowed = torch.finfo(torch.bfloat16).eps / 2 * twin.grad.abs() + 1e-4
+            assert ((leaf.grad.double() - twin.grad).abs() <= allowed).all()
+            assert not ((leaf.grad.double() * 1.01 - twin.grad).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize(("own", "wide", "wanted"), [(0.003, 0.001, torch.float32), (0.001, 0.003, torch.bfloat16)])
 def test_what_is_chosen_follows_what_was_measured(measured, own, wide, wanted):
     measured(own, wide)
@@ -111,10 +132,18 @@ def test_a_model_reads_several_tokens_in_float32_and_one_as_before(single, produ
         products.clear()
         lm.stream(many.T.contiguous(), new_tokens=2)  # a batch: every step has several rows
         assert len(products) == 2 * LINEAR
-        lm.model.train()  # with gradients, products stay as they are
+        lm.model.train()
         products.clear()
-        lm.model(many)
-        assert products == []
+        lm.model(many).logits.sum().backward()
+        assert len(products) == LINEAR
+        products.clear()
+        wanted = lm.model.model.layers[0].mlp.up_proj.weight.grad.clone()
+        lm.model.zero_grad()
+        lm.model.gradient_checkpointing_enable()  # the layers are called again in the backward pass, without the model
+        lm.model(many).logits.sum().backward()
+        assert len(products) == 2 * LINEAR - 1
+        assert torch.equal(lm.model.model.layers[0].mlp.up_proj.weight.grad, wanted)
+        assert _get_current_function_mode_stack() == []
 
 
 def test_nothing_but_two_hooks_changes_in_the_model(shallow16, shallow, single):

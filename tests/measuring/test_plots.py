@@ -19,6 +19,13 @@ def test_no_two_schemes_look_alike():
     assert len(set(each)) == len(each)
 
 
+def test_variants_of_a_scheme_do_not_look_alike():
+    taken = looks(["bf16", "nf4-dq", "nf4-dq, merged", "nf4-dq, again"])
+    assert len({tuple(look.values()) for look in taken.values()}) == 4
+    assert taken["nf4-dq"] == looks(["nf4-dq"])["nf4-dq"]
+    assert {taken[name]["color"] for name in taken if name != "bf16"} == {taken["nf4-dq"]["color"]}
+
+
 def test_an_unknown_name_takes_a_colour_that_is_left():
     taken = looks(["bf16", "nf4", "mine", "yours"])
     assert len({look["color"] for look in taken.values()}) == 4
