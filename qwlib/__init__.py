@@ -33,7 +33,7 @@ MODULES = {
     name: room
     for room, names in {
         "machine": "clock devices memory processor",
-        "lessons": "activations docstrings exercises fourbit integers kernel_pictures lowrank pictures predictions tiles "
+        "lessons": "docstrings exercises fourbit integers kernel_pictures lowrank pictures predictions tiles "
         "training_pictures",
         "models": "artefacts catalog checkpoints embedded estimates hub texts",
         "running": "streaming",

@@ -1,6 +1,7 @@
 """Fixtures: the embedded model loaded once, and tiny random models of every architecture in the catalog."""
 
 import gc
+import io
 import os
 import sys
 
@@ -186,6 +187,14 @@ def made(*cells: str, name: str = "n", parameters: str = 'OUT: str = ""  # folde
     folder.mkdir(exist_ok=True)
     nbformat.write(whole, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
+
+
+def drawn(figure):
+    """The axes of a figure that can be written as a PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    assert png.getvalue().startswith(b"\x89PNG")
+    return figure.axes
 
 
 @pytest.fixture

@@ -122,6 +122,12 @@ GUARDS = {
             **_NEMO,
         ),
         Guard(
+            "smollm2-guard",
+            "smollm2-guard",
+            "qwlib's own, a LoRA adapter over SmolLM2-135M: small enough for a CPU, to learn with",
+            **_NEMO,
+        ),
+        Guard(
             "nemotron-safety-guard-8b-v3",
             "nvidia/Llama-3.1-Nemotron-Safety-Guard-8B-v3",
             "its successor, merged weights",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ..figures import COLOURS, INK, axes
 
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "scores")
 Points = Sequence[tuple[float, float]]
 
 
@@ -63,12 +63,14 @@ def losses(training: Mapping[str, Points], validation: Mapping[str, Points]):
 def memory(predicted: Mapping[str, Mapping[str, float]], measured: Mapping[str, float]):
     """Bytes by part as one bar a run (GB), and a line where the measured peak is; parts are some of `PARTS`."""
     figure, (ax,) = axes(width=9.0, height=1.5 + 0.5 * len(predicted))
-    colours = dict(zip(PARTS, COLOURS, strict=False))
+    shown = [part for part in PARTS if any(part in parts for parts in predicted.values())]
     for row, (name, parts) in enumerate(predicted.items()):
         left = 0.0
-        for part in PARTS:
+        for part in shown:
             size = parts.get(part, 0) / 1e9
-            ax.barh(-row, size, left=left, height=0.6, color=colours[part], label=part if row == 0 else None)
+            ax.barh(
+                -row, size, left=left, height=0.6, color=COLOURS[PARTS.index(part)], label=part if row == 0 else None
+            )
             left += size
         if name in measured:
             peak, label = measured[name] / 1e9, "measured peak" if row == 0 else None
@@ -79,5 +81,5 @@ def memory(predicted: Mapping[str, Mapping[str, float]], measured: Mapping[str, 
     ax.set_xlabel("GB (10⁹ bytes)")
     ax.margins(x=0.08)
     ax.grid(visible=False)
-    figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=7, frameon=False, fontsize=9)
     return figure

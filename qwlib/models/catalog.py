@@ -33,11 +33,15 @@ def once(question: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on the Hub, to be put over a model's weights unmerged."""
+    """A LoRA adapter on the Hub or in a folder, to be put over a model's weights unmerged.
+
+    `rank`: that of an adapter over all linear layers, so that its bytes are known before a download.
+    """
 
     source: str
     revision: str | None
     folder: str = ""
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Model:
     """A row of the catalog, or a Hub id or folder that a user named.
 
     `source` is what `from_pretrained` takes (`None` for a model in PyPI packages, which is unpacked first); `licence_page` is
-    set where the Hub asks a user to accept a licence; `adapter` goes over `source`; `config_name` names the stored
-    configuration. `found` holds what was found out about it (`once`): `find` makes a row where a name enters, and the row
-    travels from there.
+    set where the Hub asks a user to accept a licence; `adapter` goes over `source`, which has a row of its own if `over` names
+    one; `config_name` names the stored configuration. `found` holds what was found out about it (`once`): `find` makes a row
+    where a name enters, and the row travels from there.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Model:
     licence: str = "unknown"
     licence_page: str | None = None
     adapter: Adapter | None = None
+    over: str | None = None
     config_name: str | None = None
     what: str = ""
     found: dict = field(default_factory=dict, init=False, compare=False, repr=False)
@@ -92,6 +97,15 @@ MODELS = {
             licence="Apache-2.0",
             config_name="smollm2-135m",
             what="SmolLM2-135M-Instruct, embedded: no network needed",
+        ),
+        Model(
+            "smollm2-guard",
+            None,
+            licence="Apache-2.0",
+            config_name="smollm2-135m",
+            adapter=Adapter(str(Path(__file__).with_name("smollm2-guard")), None, rank=6),
+            over="smollm2-135m",
+            what="content-safety adapter over smollm2-135m, trained by qwlib: no network needed",
         ),
         Model(
             "gemma-3-270m",
@@ -162,6 +176,7 @@ MODELS = {
                 "nvidia/llama-3.1-nemoguard-8b-content-safety",
                 "0ef9fa805d78e7a30958f0324d733dd5d4098d97",
                 "llama-3.1-nemoguard-8b-content-safety-lora-adapter",
+                rank=16,  # its adapter_config.json
             ),
             what="content-safety adapter over llama-3.1-8b-instruct",
         ),
@@ -215,7 +230,9 @@ def find(model: "str | Path | Model") -> Model:
 
 def base(row: Model) -> Model:
     """The row without its adapter: `model` of `model+adapter`."""
-    return replace(row, name=row.name.rpartition("+")[0] or row.name, adapter=None) if row.adapter else row
+    if not row.adapter:
+        return row
+    return replace(row, name=row.over or row.name.rpartition("+")[0] or row.name, adapter=None, over=None)
 
 
 def is_gguf(name: str) -> bool:

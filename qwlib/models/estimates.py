@@ -11,11 +11,12 @@ CUDA context. GB means 10⁹ bytes.
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from .. import schemes
 from ..errors import QwlibError, whole_number
 from ..schemes import BLOCK, NESTED_BLOCK
-from . import catalog, hub, limits
+from . import adapters, catalog, hub, limits
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -24,8 +25,8 @@ _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 class Estimate:
     """Bytes that a model will take under a scheme.
 
-    `weights_bytes`: parameters and buffers; `state_bytes`: scales and code books; `kv_bytes`: the key-value cache of
-    `batch` sequences of `context` tokens; `read_bytes`: what one decoding step reads of weights and state.
+    `weights_bytes`: parameters and buffers, and those of an adapter; `state_bytes`: scales and code books; `kv_bytes`: the
+    key-value cache of `batch` sequences of `context` tokens; `read_bytes`: what one decoding step reads of weights and state.
     """
 
     model: str
@@ -105,18 +106,35 @@ def estimate(model: str, scheme: str = "bf16", *, batch: int = 1, context: int |
     for part, numel, w, s in _stored(meta_model(row, scheme.base), scheme):
         parameters, weights, state = parameters + numel, weights + w, state + s
         read += 0 if part in ("embedding", "buffers") else w + s
+    weights, read = (held + adapter_bytes(row, scheme.base) for held in (weights, read))
     kv = batch * _cache_bytes(row, scheme.base, context)
     per_token = _cache_bytes(row, scheme.base, 1)
     return Estimate(row.name, scheme.name, parameters, weights, state, kv, per_token, read, batch, context)
 
 
 def held_bytes(model: str, scheme: str = "bf16") -> int:
-    """Bytes of weights and state alone: those that loading needs, also of a model whose cache can't be predicted.
+    """Bytes of weights, adapter and state alone: those that loading needs, also of a model whose cache can't be predicted.
 
     Raises QwlibError for an unknown model or scheme.
     """
     row, scheme = catalog.find(model), schemes.find(scheme)
-    return sum(weights + state for _, _, weights, state in _stored(meta_model(row, scheme.base), scheme))
+    stored = sum(weights + state for _, _, weights, state in _stored(meta_model(row, scheme.base), scheme))
+    return stored + adapter_bytes(row, scheme.base)
+
+
+def adapter_bytes(row: catalog.Model, base: str) -> int:
+    """What a model's adapter adds to its weights: 0 without one, and for one on the Hub whose rank is not known here."""
+    from safetensors import safe_open
+
+    if not row.adapter:
+        return 0
+    there = Path(row.adapter.source)
+    if there.is_dir():
+        with safe_open(there / (adapters.folder(row) or "") / adapters.WEIGHTS, "pt") as file:
+            numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    else:
+        numbers = (row.adapter.rank or 0) * sum(map(sum, linear_shapes(row)))
+    return numbers * _ELEMENT_BYTES[base]
 
 
 def outside(model: str) -> float:

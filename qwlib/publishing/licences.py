@@ -73,7 +73,8 @@ def base(manifest: dict) -> tuple[str | None, Licence | None, catalog.Model | No
     if "adapter" in source and source["name"] != row.name:  # whose licence nobody here knows
         return row.source, None, None
     if row.source is None:
-        if row.name not in embedded.installed() or source.get("sha256") != embedded.sha256(row.name):
+        packaged = catalog.base(row).name
+        if packaged not in embedded.installed() or source.get("sha256") != embedded.sha256(packaged):
             return None, None, None
-        return embedded.PACKAGED[row.name].published, LICENCES.get(row.licence), row
+        return embedded.PACKAGED[packaged].published, LICENCES.get(row.licence), row
     return row.source, LICENCES.get(row.licence), row

@@ -1,16 +1,14 @@
-"""What notebook 08 does beside the library: batches in Trainer's order, memory by part, and what is lost by merging.
+"""What notebook 08 does beside the library: batches in Trainer's order, and what is lost by merging.
 
-`batches` and `parts` say what a run of `finetune` will read and need. `answers` and `compare` score the same model in several
-forms on the same examples.
+`batches` says what a run of `finetune` will read. `answers` and `compare` score the same model in several forms on the same
+examples.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from ..lessons import activations, lowrank
 from ..loading.load import load
-from ..models import estimates
-from . import adapting, examples, loop
+from . import examples
 from .settings import Settings
 
 
@@ -27,29 +25,6 @@ def tensors(lm, rows: Sequence[examples.Tokens]) -> dict:
     """A batch on the model's device."""
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id or 0
     return {key: value.to(lm.device) for key, value in examples.batch(rows, pad).items()}
-
-
-def parts(model: str, scheme: str, how: Settings, run: Iterable[Sequence[examples.Tokens]]) -> dict[str, int]:
-    """Bytes of a run over the batches `run`: weights, adapter, gradients, AdamW's state, and activations.
-
-    All but the last follow from shapes. For activations, one forward pass of the largest batch is made, and what autograd
-    keeps is counted. What lives only for a moment is left out.
-    """
-    largest = max(run, key=lambda rows: len(rows) * max(len(row.ids) for row in rows))
-    stored = estimates.estimate(model, scheme)
-    full = how.method == "full"
-    count = stored.parameters if full else lowrank.numbers(estimates.linear_shapes(model), how.rank)
-    with load(model, scheme) as lm:
-        lm.model = adapting.adapted(lm, how).train()
-        batch = tensors(lm, largest)
-        kept = activations.kept_bytes(lm.model, lambda: loop.loss(lm.model, batch))
-    return {
-        "weights": stored.weights_bytes + stored.state_bytes,
-        "adapter": 0 if full else 4 * count,
-        "gradients": 4 * count,
-        "optimizer": 8 * count,
-        "activations": kept,
-    }
 
 
 def answers(lm, rows: Sequence[examples.Tokens]):

@@ -5,6 +5,7 @@ peft makes the adapters. `prepare_model_for_kbit_training` is not called: it wou
 
 import contextlib
 import errno
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -57,45 +58,59 @@ def finetune(
         )
     if how.method == "full" and scheme != "fp32":
         raise QwlibError("method='full' trains the weights themselves: it needs the scheme fp32")
-    place = out.with_name(f"{out.name}.unfinished")
-    own, device = ranks.started(device)
-    if how.batch % own.world:
-        raise QwlibError(f"a batch of {how.batch} can't be split over {own.world} processes: take a multiple of them")
-    with load(row, scheme, device=device, weights=weights, engine="eager") as lm:
-        if lm.scheme.backend not in ("transformers", "bitsandbytes"):
-            raise QwlibError(f"{lm.scheme.name} can't be trained: choose a 16-bit scheme, or one of bitsandbytes")
-        if lm.device.type == "cpu" and str(lm.dtype) == "torch.float16":
-            raise QwlibError(f"{lm.scheme.name} can't be trained on a CPU in float16: choose bf16 or fp32")
-        if lm.device.index not in (None, own.local):
-            raise QwlibError(f"training runs on the first GPU, not on {lm.device}: choose it with CUDA_VISIBLE_DEVICES")
-        kept, held = examples.split(given, how.validation, how.seed)
-        if how.validation and not (kept and held):
-            raise QwlibError(f"{len(given)} examples can't be split: give more, or validation=0")
-        parts = [examples.tokenized(lm, part, how.longest) for part in (kept, held)]
-        expected = _expected(lm, how, parts[0], how.batch // own.world)
-        loop.imported()
-        memory.give_back()
-        used = memory.used_bytes(lm.device)
-        lm.model = adapted(lm, how)
-        with _explained(place), files.alone(place) if own.first else contextlib.nullcontext():
-            if own.first:
-                _claim(place, lm, how, given)
-            own.wait()
-            found = _train(lm, how, *parts, place, used, own)
-            told = record.new(
-                "training",
-                model=describing.describe_model(lm, estimates.estimate(row, lm.scheme.name).parameters),
-                scheme=describing.describe_scheme(lm.scheme, lm.manifest),
-                memory=dict(lm.memory),
-                training=found | expected | {"settings": how.told(), "data": _about(data, given, parts)},
+    with ranks.connected(device) as (own, device):
+        if how.batch % own.world:
+            raise QwlibError(
+                f"a batch of {how.batch} can't be split over {own.world} processes: take a multiple of them"
             )
-            told["env"] |= describing.describe_choices(lm)
-            if own.first:
-                record.write(told, place / "kept" / RECORD)
-                (place / "kept").rename(out)
-                shutil.rmtree(place, ignore_errors=True)
-            own.wait()
-    return out, told
+        with load(row, scheme, device=device, weights=weights, engine="eager") as lm:
+            _check(lm, own)
+            return out, _run(lm, how, data, given, out, own)
+
+
+def _check(lm: Lm, own: ranks.Ranks) -> None:
+    """Raise QwlibError for a loaded model that can't be trained."""
+    if lm.scheme.backend not in ("transformers", "bitsandbytes"):
+        raise QwlibError(f"{lm.scheme.name} can't be trained: choose a 16-bit scheme, or one of bitsandbytes")
+    if lm.device.type == "cpu" and str(lm.dtype) == "torch.float16":
+        raise QwlibError(f"{lm.scheme.name} can't be trained on a CPU in float16: choose bf16 or fp32")
+    if lm.device.index not in (None, own.local):
+        raise QwlibError(f"training runs on the first GPU, not on {lm.device}: choose it with CUDA_VISIBLE_DEVICES")
+
+
+def _run(lm: Lm, how: Settings, data: Path, given, out: Path, own: ranks.Ranks) -> dict:
+    """Train on the examples `given`, which were read from `data`, write the folder `out`, and return its record."""
+    kept, held = examples.split(given, how.validation, how.seed)
+    if how.validation and not (kept and held):
+        raise QwlibError(f"{len(given)} examples can't be split: give more, or validation=0")
+    parts = [examples.tokenized(lm, part, how.longest) for part in (kept, held)]
+    expected = _expected(lm, how, parts[0], how.batch // own.world)
+    # import what training needs, so that it is not counted as memory that training takes
+    for library in ("peft", f"{__package__}.trainer"):
+        importlib.import_module(library)
+    memory.give_back()
+    used = memory.used_bytes(lm.device)
+    lm.model = adapted(lm, how)
+    place = out.with_name(f"{out.name}.unfinished")
+    with _explained(place), files.alone(place) if own.first else contextlib.nullcontext():
+        if own.first:
+            _claim(place, lm, how, given)
+        own.wait()
+        found = _train(lm, how, *parts, place, used, own)
+        told = record.new(
+            "training",
+            model=describing.describe_model(lm, estimates.estimate(lm.row, lm.scheme.name).parameters),
+            scheme=describing.describe_scheme(lm.scheme, lm.manifest),
+            memory=dict(lm.memory),
+            training=found | expected | {"settings": how.told(), "data": _about(data, given, parts)},
+        )
+        told["env"] |= describing.describe_choices(lm)
+        if own.first:
+            record.write(told, place / "kept" / RECORD)
+            (place / "kept").rename(out)
+            shutil.rmtree(place, ignore_errors=True)
+        own.wait()
+    return told
 
 
 def _expected(lm: Lm, how: Settings, rows, batch: int) -> dict:
@@ -161,6 +176,8 @@ def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int, own
     """Train, leave what is kept in `place`/kept, and say what happened. `used`: bytes before anything was made for training."""
     import torch
 
+    from .trainer import Trainer
+
     # else bitsandbytes repacks the weights when a model is validated, and products with them can't be differentiated
     for module in lm.model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -169,13 +186,13 @@ def _train(lm: Lm, how: Settings, train, validation, place: Path, used: int, own
     frozen, learnt = [p for p in model.parameters() if not p.requires_grad], loop.trained(model)
     before, first = fingerprint(frozen), fingerprint(learnt.values())
     with loop.still():
-        trainer = loop.trainer(model, lm, how, train, validation, place, own)
+        trainer = Trainer(model, lm, how, train, validation, place, own)
     if own.first:
         _remove_half(place)
     own.wait()
     metered, resumed = memory.reset_peak(lm.device), _last_checkpoint(place)
     with bnb_ends.left_out(), loop.still():
-        if not (resumed and loop.ended(trainer, resumed)):
+        if not (resumed and trainer.ended(resumed)):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     peak = memory.peak_bytes(lm.device) if metered else None
     trainer.accelerator.free_memory()  # it holds the model

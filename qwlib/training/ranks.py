@@ -4,7 +4,9 @@ The gradients are added up over the processes (DistributedDataParallel), so a st
 What it leaves out: models that do not fit into one GPU. Every process holds all weights.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import QwlibError
@@ -76,6 +78,27 @@ def started(device: str | None) -> tuple[Ranks, str | None]:
         if found.local >= torch.cuda.device_count():
             raise QwlibError(f"torchrun started more processes than there are GPUs: {torch.cuda.device_count()}")
         torch.cuda.set_device(found.local)
-    if not torch.distributed.is_initialized():
+    if not _initialized():
         torch.distributed.init_process_group(by)
     return found, where
+
+
+@contextlib.contextmanager
+def connected(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
+    """What `started` returns, for a block. At its end the processes are disconnected, if they were not connected before it.
+
+    After an error they stay connected until they exit. NCCL disconnects all processes together: one that failed would wait here
+    for the others, and they for its part of the gradients. When it exits, torchrun ends the others.
+    """
+    before = this().world == 1 or _initialized()
+    yield started(device)
+    if not before:
+        import torch
+
+        torch.distributed.destroy_process_group()
+
+
+def _initialized() -> bool:
+    import torch
+
+    return torch.distributed.is_initialized()

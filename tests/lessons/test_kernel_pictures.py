@@ -1,18 +1,10 @@
 """What the figures of a kernel show is what they were given."""
 
-import io
-
 import pytest
 import torch
+from conftest import drawn
 
 from qwlib.lessons import kernel_pictures, tiles
-
-
-def drawn(figure):
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    assert png.getvalue().startswith(b"\x89PNG")
-    return figure.axes
 
 
 def texts(ax) -> list[str]:

@@ -1,22 +1,15 @@
 """What the figures show is what they were given."""
 
-import io
 import itertools
 import sys
 import types
 
 import pytest
 import torch
+from conftest import drawn
 
 from qwlib.lessons import fourbit, integers, pictures
 from qwlib.models import estimates
-
-
-def drawn(figure):
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    assert png.getvalue().startswith(b"\x89PNG")
-    return figure.axes
 
 
 def test_values_are_tied_to_their_nearest_level():

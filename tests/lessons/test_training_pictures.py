@@ -1,17 +1,9 @@
 """What the figures of fine-tuning show is what they were given."""
 
-import io
-
 import pytest
+from conftest import drawn
 
 from qwlib.lessons import training_pictures
-
-
-def drawn(figure):
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    assert png.getvalue().startswith(b"\x89PNG")
-    return figure.axes
 
 
 def test_shares_of_a_rank_are_percentages_from_rank_1_on():
@@ -42,3 +34,11 @@ def test_parts_are_stacked_in_gb_and_the_peak_is_a_line():
     assert [bar.get_x() for bar in ax.patches][:5] == [0, 1, 1, 1.5, 2.5]
     assert list(ax.lines[0].get_xdata()) == [5, 5]
     assert [text.get_text() for text in ax.texts] == ["5.00", "1.00"]
+
+
+def test_parts_that_no_run_has_are_left_out_and_keep_their_colour():
+    both = ({"scores": 1e9}, {"weights": 1e9, "scores": 2e9})
+    one, two = (drawn(training_pictures.memory({"a": parts}, {}))[0] for parts in both)
+    assert [bar.get_width() for bar in one.patches] == [1]
+    assert [bar.get_width() for bar in two.patches] == [1, 2]
+    assert one.patches[0].get_facecolor() == two.patches[1].get_facecolor() != two.patches[0].get_facecolor()

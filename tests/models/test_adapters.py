@@ -103,6 +103,9 @@ def test_a_worker_measures_the_two_as_rows(made, tmp_path):
     lora = sum(t.numel() for t in _tensors(made[0]))
     plain = estimates.estimate("smollm2-135m", "nf4")
     assert record["memory"]["weights_bytes"] == plain.weights_bytes + 2 * lora  # 16-bit beside the 4-bit weights
+    assert record["memory"]["weights_bytes"] == estimates.estimate(job["model"], "nf4").weights_bytes
+    apart = [estimates.held_bytes(name, "fp32") for name in ("nemoguard-8b", "llama-3.1-8b-instruct")]
+    assert apart[0] - apart[1] == 4 * 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert (
         worker.fail(worker.complete(job), schemes.find(job["scheme"]), "why", tmp_path / "failed.json")["model"]["name"]
         == f"smollm2-135m+{made[0].name}"

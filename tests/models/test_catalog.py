@@ -5,6 +5,7 @@ from qwlib.models import catalog, estimates
 
 PARAMETERS = {  # safetensors totals that the models' Hub pages print
     "smollm2-135m": 134_515_008,
+    "smollm2-guard": 134_515_008,
     "gemma-3-270m": 268_098_176,
     "opt-350m": 331_196_416,
     "qwen2.5-3b": 3_085_938_688,

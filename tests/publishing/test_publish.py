@@ -21,7 +21,7 @@ from qwlib.backends import environment
 from qwlib.errors import QwlibError
 from qwlib.loading import fresh, quantizing
 from qwlib.machine import arithmetic
-from qwlib.models import artefacts, catalog
+from qwlib.models import artefacts, catalog, embedded
 from qwlib.publishing import card, publish, remote
 
 ME, OTHER = "hf_" + "M" * 34, "hf_" + "O" * 34
@@ -350,6 +350,8 @@ def test_licences_go_along_and_bind(tmp_path):
     assert public("phi-3-mini") == []
     refused("is not known here: publish it privately", "my-own")
     refused("is not known here", "smollm2-135m", sha256="another file's")
+    assert public("smollm2-guard", sha256=embedded.sha256("smollm2-135m"), adapter="merged into it") == []
+    refused("is not known here", "smollm2-guard", sha256="another file's")
     refused("is not known here", "phi-3-mini", sha256="of a folder that only bears the name")
     refused("is not known here", "phi-3-mini", repository="somebody/else")
     over = {"repository": catalog.MODELS["phi-3-mini"].source, "adapter": "evil/lora@main"}

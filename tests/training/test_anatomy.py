@@ -43,36 +43,6 @@ def test_batches_are_those_that_the_library_trains_on(data, parts, shallow, tmp_
 OTHERS = {key: value for key, value in HOW.told().items() if key != "seed"}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_parts_are_the_bytes_that_tensors_have(method, parts, shallow):
-    how = Settings(**HOW.told() | {"method": method, "rank": 8})
-    scheme = "fp32" if method == "full" else "bf16"
-    run = anatomy.batches(parts[0], how)
-    found = anatomy.parts(str(shallow), scheme, how, run)
-    with qwlib.load(str(shallow), scheme, device="cpu") as lm:
-        held = sum(lm.memory[key] for key in ("weights_bytes", "state_bytes"))
-        lm.model = finetune.adapted(lm, how)
-        learnt = [each for each in lm.model.parameters() if each.requires_grad]
-        assert {each.dtype for each in learnt} == {torch.float32}
-        optimizer = torch.optim.AdamW(learnt)
-        lm.model(**{k: v for k, v in anatomy.tensors(lm, run[0]).items() if k != "lines"}).loss.backward()
-        optimizer.step()
-        state = sum(t.nbytes for each in optimizer.state.values() for t in each.values() if t.dim())
-        bytes_of = sum(each.nbytes for each in learnt)
-    assert found["weights"] == held
-    assert found["adapter"] == (bytes_of if method == "lora" else 0)
-    assert found["gradients"] == bytes_of
-    assert found["optimizer"] == state == 2 * bytes_of
-    assert found["activations"] > 0
-
-
-def test_activations_are_those_of_the_largest_batch(parts, shallow):
-    small, large = sorted((parts[0][:2], parts[0][:6]), key=len)
-    each = [anatomy.parts(str(shallow), "bf16", HOW, run)["activations"] for run in ([small], [small, large], [large])]
-    assert each[0] < 0.8 * each[1]
-    assert each[1] == each[2]
-
-
 def test_ways_are_compared_on_the_answers(parts, shallow):
     rows, model = parts[1], str(shallow)
     found = anatomy.compare({"one": (model, "bf16"), "same": (model, "bf16"), "other": (model, "nf4")}, rows)

@@ -67,3 +67,21 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(QwlibError, match="more processes than there are GPUs: 1"):
         ranks.started(None)
+
+
+def test_processes_that_were_connected_are_disconnected_at_the_end(monkeypatch, tmp_path):
+    def start(device):
+        if not torch.distributed.is_initialized():
+            place = f"file://{tmp_path / 'store'}"
+            torch.distributed.init_process_group("gloo", init_method=place, rank=0, world_size=1)
+        return ranks.Ranks(0, 2, 0), device
+
+    monkeypatch.setattr(ranks, "this", lambda: ranks.Ranks(0, 2, 0))
+    monkeypatch.setattr(ranks, "started", start)
+    with ranks.connected("cpu") as (own, device):
+        assert (own.world, device) == (2, "cpu")
+        assert torch.distributed.is_initialized()
+        with ranks.connected("cpu"):
+            pass
+        assert torch.distributed.is_initialized()  # it was connected before that block
+    assert not torch.distributed.is_initialized()
