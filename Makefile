@@ -44,7 +44,7 @@ bench-gpu: $(READY) ## on a GPU: memory, loading, decoding and fine-tuning, into
 	@$(PY) benchmarks/gpu.py
 	@$(PY) benchmarks/gpu_finetuning.py
 
-guard: $(READY) ## train smollm2-guard anew, and fail if it is worse: 5 minutes on a GPU, hours on a CPU
+guard: $(READY) ## train smollm2-guard anew, and fail if it is worse: minutes on a GPU, hours on a CPU
 	@$(PY) benchmarks/guard_quality.py --again --out runs/guard.json
 
 lab: $(READY) ## open JupyterLab on the notebooks

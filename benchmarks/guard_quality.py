@@ -5,7 +5,7 @@
     python benchmarks/guard_quality.py --again
 
 The guard is one of `guards.GUARDS` whose model has an adapter, or a model with an adapter that is asked NemoGuard's prompt.
-`--again` trains smollm2-guard anew with the settings that its record has: 5 minutes on an H100, hours on a CPU. It fails if the
+`--again` trains smollm2-guard anew with the settings that its record has: minutes on an H100, hours on a CPU. It fails if the
 new guard's AUROC on the `test` messages is below the interval that was measured for the one that comes with the package.
 
 The threshold is fixed on the `tune` messages by the 16-bit guard, and all rows use it. `nf4-dq` and `int8` have the adapter

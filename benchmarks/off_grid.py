@@ -4,7 +4,7 @@
     python -m qwlib bench --quality FOLDER SCHEME ...     its table, to be put beside that of smollm2-135m
 
 The file has 16 levels for each block of 32 weights, so a weight was within half a level of what the file says before it was
-rounded. Each weight is moved by a random part of half a level. That hurts the model, and full fine-tuning mends it: it learns
+rounded. Each weight is moved by a random part of half a level. Then full fine-tuning brings the model nearer again: it learns
 what the embedded model answers to questions on Python's functions, sampled at temperature 1. It prints how far the weights lie
 from the nearest level: 0 levels is on the grid, and weights that know nothing of it are a quarter of a level away in the mean.
 Fine-tuning alone does not leave the grid (`--apart 0` shows that).

@@ -51,7 +51,7 @@ _MARKERS = {
     "exl3-4bit": "P",
     "exl3-2bit": "p",
 }
-_OTHERS = "*hH8"  # markers that no scheme has
+_OTHERS = "*hH8"  # of variants
 
 
 def looks(names) -> dict[str, dict]:
