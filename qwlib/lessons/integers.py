@@ -132,6 +132,17 @@ def checked(tensor: torch.Tensor) -> torch.Tensor:
     return flat
 
 
+def matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` (rows × columns) in float32.
+
+    Raises QwlibError as `checked` does, and for any other number of dimensions and an empty tensor.
+    """
+    flat = checked(tensor)
+    if tensor.dim() != 2 or not len(flat):
+        raise QwlibError(f"a matrix (rows × columns) is wanted, not the shape {tuple(tensor.shape)}")
+    return flat.reshape(tensor.shape)
+
+
 def padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
     """`flat` with zeros behind it, up to a multiple of that length."""
     return torch.nn.functional.pad(flat, (0, -len(flat) % multiple))
