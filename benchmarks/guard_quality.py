@@ -25,7 +25,7 @@ from qwlib.guard import classify, guards, judging, labelled
 from qwlib.loading import merging
 from qwlib.machine import about
 from qwlib.models import catalog
-from qwlib.training import finetune
+from qwlib.training import finetune, runs
 
 PACKAGED = Path(catalog.find("smollm2-guard").adapter.source)
 SHOWN = ("f1", "average_precision", "auroc", "recall_at_5pct_fpr", "false_positive_rate", "brier")
@@ -63,7 +63,7 @@ def measured(model: str, guard: str, sets: dict, batch: int) -> list[dict]:
 
 def again(folder: Path) -> str:
     """A guard that is trained as smollm2-guard was: the name under which it can be loaded."""
-    settings = json.loads((PACKAGED / finetune.RECORD).read_text(encoding="utf-8"))["training"]["settings"]
+    settings = json.loads((PACKAGED / runs.RECORD).read_text(encoding="utf-8"))["training"]["settings"]
     out, _ = finetune.finetune(catalog.EMBEDDED, "bf16", "guard:training", folder / "guard", **settings)
     return f"{catalog.EMBEDDED}+{out}"
 

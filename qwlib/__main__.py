@@ -281,6 +281,10 @@ def finetune(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute activations twice, and keep none: less memory.")
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="With torchrun: split the weights over the GPUs. Less memory each, and slower."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Draws the order, the split and the adapter's first values.")] = 0,
     device: Annotated[str | None, typer.Option(help="`cpu` or `cuda`. The default is a GPU if there is one.")] = None,
     weights: Annotated[

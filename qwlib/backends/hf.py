@@ -44,7 +44,7 @@ def read(lm, source: str, quantization=None, place: dict | None = None) -> None:
         lm.model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=lm.dtype,
-            device_map=place or {"": lm.device},
+            device_map=place or {"": "cpu" if lm.waits else lm.device},
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -113,7 +113,7 @@ def finish(lm) -> None:
         bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
     )
     stray = {str(t.device) for t in lm.model.parameters()} - {str(lm.device)}
-    if stray and lm.device.index is not None:
+    if stray and lm.device.index is not None and not lm.waits:
         raise QwlibError(f"parts of {lm.row.name} landed on {', '.join(sorted(stray))} instead of {lm.device}")
     lm.arithmetic, lm.arithmetic_reason = arithmetic.choose(lm.dtype, lm.device)
     unhook = arithmetic.hook(lm.model) if lm.arithmetic != lm.dtype else None

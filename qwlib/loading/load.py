@@ -31,6 +31,7 @@ def load(
     device: str | None = None,
     engine: str | None = None,
     kernel: str | None = None,
+    split: bool = False,
 ) -> Iterator[Lm]:
     """Load `model` (catalog name, Hub id or folder) under `scheme` and yield an `Lm`; leaving gives the memory back.
 
@@ -41,6 +42,9 @@ def load(
     What has to be downloaded or unpacked first is not part of `load_s`. `engine` is what decodes, see `Lm.use`.
     On a GPU, bitsandbytes' 4-bit layers are multiplied by qwlib's kernels where these can, and `engine.why` says so. With
     `kernel="bitsandbytes"` its own do it, and with `kernel="qwlib"` it is an error if no layer can be multiplied by ours.
+
+    `split`: training is going to split the weights over GPUs (`training.sharded`). Those of 16 or 32 bits stay on the host until
+    then, and 4-bit layers are multiplied by bitsandbytes.
 
     Raises QwlibError in one line: unknown model or scheme, package missing, gated without a token, not enough memory.
     """
@@ -81,14 +85,27 @@ def load(
     if scheme.made_on == "cuda" and not scheme.maker and where.type != "cuda":
         raise QwlibError(f"{scheme.name} needs a GPU: choose another scheme (`python -m qwlib schemes`)")
     dtype, dtype_reason = devices.pick_dtype(scheme, where)
-    _check_room(row, scheme, where)
+    waits = split and backend.name == "transformers" and where.type != "cpu"
+    if split and backend.name == "bitsandbytes":
+        kernel = "bitsandbytes"
+    _check_room(row, scheme, devices.pick_device("cpu")[0] if waits else where)
     source = checkpoints.folder(row, weights)
     if weights == "trained" and not here:
         manifest = artefacts.verify(source)
     if random_weights.is_random(row):
         weights = "random"
     lm = Lm(
-        row, scheme, weights, where, where_reason, dtype, dtype_reason, saved=saved, manifest=manifest, kernel=kernel
+        row,
+        scheme,
+        weights,
+        where,
+        where_reason,
+        dtype,
+        dtype_reason,
+        saved=saved,
+        manifest=manifest,
+        waits=waits,
+        kernel=kernel,
     )
     failed = True
     try:

@@ -20,6 +20,8 @@ def measure(model, beside=()) -> dict[str, int]:
     weights, state = {}, {}
 
     def add(where, tensor):
+        if hasattr(tensor, "to_local"):  # a weight that is split over GPUs: this process's part
+            tensor = tensor.to_local()
         if hasattr(tensor, "__tensor_flatten__"):  # torchao's tensors are made of plain ones
             for name in tensor.__tensor_flatten__()[0]:
                 add(where, getattr(tensor, name))

@@ -163,6 +163,7 @@ RECORD = _part(
         ),
         steps=_COUNT,
         resumed_at=_COUNT,
+        sharded={"type": "boolean"},
         kept_step=_COUNT,
         losses=_LOSSES,
         validation_losses=_LOSSES,

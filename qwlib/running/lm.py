@@ -36,6 +36,7 @@ class Lm:
     model: Any = None  # the library's own object: a plain transformers model where the backend builds on transformers
     tokenizer: Any = None
     engine: Any = None  # what executes it (`engines.py`)
+    waits: bool = False  # whether its weights stay on the host for now
     kernel: str | None = None  # whose kernels are to multiply 4-bit layers on a GPU, where one was asked for
     arithmetic: Any = None  # the type of products of several rows, where PyTorch calculates them (`arithmetic.py`)
     arithmetic_reason: str = ""

@@ -10,8 +10,8 @@ backward, and the optimizer. So there is no formula for an architecture. The pea
 - scores: those of the learnt tokens in the model's type, and three times in float32 (probabilities and two gradients).
 
 What it leaves out: the workspace of matrix products (67 MB on an H100), the gaps between allocations, Python and its libraries,
-the copy of the gradients that several processes exchange (`ranks`), mixed precision on GPUs without bfloat16, and masks. Sums of
-gradients, which PyTorch makes in place, are new tensors here.
+the copy of the gradients that several processes exchange (`ranks`), weights that are split (`sharded`), mixed precision on GPUs
+without bfloat16, and masks. Sums of gradients, which PyTorch makes in place, are new tensors here.
 """
 
 from collections.abc import Sequence
@@ -71,6 +71,8 @@ def estimate(
     """
     row, scheme = catalog.find(model), schemes.find(scheme)
     how = Settings.of(batch=batch, longest=length, **settings)
+    if how.shard:
+        raise QwlibError("the memory of weights that are split over GPUs can't be predicted: leave out shard")
     learnt = length - 1 if learnt is None else min(whole_number(learnt, "learnt"), length - 1)
     whole_number(shared, "shared", 0)
     if scheme.backend not in ("transformers", "bitsandbytes"):

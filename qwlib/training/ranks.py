@@ -1,7 +1,7 @@
 """Several GPUs: one process for each, as torchrun starts them, all with the same weights and each with a part of every batch.
 
 The gradients are added up over the processes (DistributedDataParallel), so a step is the same as on one GPU but for rounding.
-What it leaves out: models that do not fit into one GPU. Every process holds all weights.
+Every process holds all weights. With the setting `shard` they are split over the processes (`sharded`).
 """
 
 import contextlib

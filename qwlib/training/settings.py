@@ -22,7 +22,8 @@ class Settings:
     `steps` comes before `epochs`. A step is `accumulate` batches of `batch` examples. The learning rate rises for the share
     `warmup` of the steps and then falls along a cosine to 0. `longest`: tokens that an example may have. `optimizer`: `adamw`,
     `adamw-8bit`, or `paged`, which moves to the host what does not fit into a GPU. `recompute`: activations are computed again
-    in the backward pass and not kept (gradient checkpointing).
+    in the backward pass and not kept (gradient checkpointing). `shard`: on several GPUs the weights are split over
+    them (`sharded`), which takes less memory a GPU and is slower. On one GPU it changes nothing.
 
     `emphasis`: how many times a token counts that an example emphasises (`examples.read`). A guard's answer has some twenty
     tokens, and one of them is the verdict.
@@ -50,6 +51,7 @@ class Settings:
     every: int | None = None
     optimizer: str = "adamw"
     recompute: bool = False
+    shard: bool = False
     seed: int = 0
 
     @classmethod

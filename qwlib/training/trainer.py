@@ -52,14 +52,14 @@ class Trainer(transformers.Trainer):
     with rows from its beginning, so that a step was another one on two GPUs.
     """
 
-    def __init__(self, model, lm: Lm, how: Settings, train, validation, place: Path, own: Ranks):
+    def __init__(self, model, lm: Lm, how: Settings, train, validation, place: Path, own: Ranks, **arguments):
         self.how, self.validation, self.own, self.clock = how, validation, own, Clock(lm.device)
         self.share = not how.recompute and not how.dropout and loop.keeps_all(model)
         pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id or 0
         self.part = partial(_part, own=own, pad=pad, emphasis=how.emphasis)
         super().__init__(
             model=model,
-            args=_arguments(lm, how, how.steps_over(len(train)), place, checked=bool(validation)),
+            args=_arguments(lm, how, how.steps_over(len(train)), place, checked=bool(validation), **arguments),
             train_dataset=list(train),
             eval_dataset=list(validation) or None,
             data_collator=self.part,
@@ -100,7 +100,7 @@ class Trainer(transformers.Trainer):
         with torch.no_grad():
             for first in range(0, len(self.validation), self.how.batch):
                 inputs = self._prepare_inputs(self.part(self.validation[first : first + self.how.batch]))
-                total += loop.loss(self.model, inputs, 1, share=self.share).item()
+                total += self.loss(self.model, inputs, 1).item()
                 count += inputs["weights"][:, 1:].sum().item()
         total, count = self.own.total([total, count], self.clock.device)
         if not math.isfinite(total):
@@ -112,9 +112,13 @@ class Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def loss(self, model, inputs: dict, tokens):
+        """The loss of a batch, summed over what is learnt and divided by `tokens`."""
+        return loop.loss(model, inputs, tokens, share=self.share)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # the tokens of all processes are counted, and their gradients averaged
-        found = loop.loss(model, inputs, num_items_in_batch, share=self.share) * self.own.world
+        found = self.loss(model, inputs, num_items_in_batch) * self.own.world
         return (found, {}) if return_outputs else found
 
     def _save(self, output_dir=None, state_dict=None):
@@ -150,8 +154,8 @@ def _part(rows, *, own: Ranks, pad: int, emphasis: float) -> dict:
     return examples.batch(part, pad, emphasis)
 
 
-def _arguments(lm: Lm, how: Settings, steps: int, place: Path, *, checked: bool):
-    """The settings in transformers' words; `checked`: whether there are examples to validate on."""
+def _arguments(lm: Lm, how: Settings, steps: int, place: Path, *, checked: bool, **more):
+    """The settings in transformers' words; `checked`: whether there are examples to validate on. `more`: other arguments."""
     every = min(how.every or max(1, steps // 10), steps)
     recompute = {}
     if how.recompute:  # transformers 5.23 calls it so
@@ -190,6 +194,7 @@ def _arguments(lm: Lm, how: Settings, steps: int, place: Path, *, checked: bool)
         disable_tqdm=True,
         seed=how.seed,
         use_cpu=lm.device.type == "cpu",
+        **more,
     )
     # else Trainer of one process would spread batches over all GPUs, with more examples a step than were asked for
     made._n_gpu = 1

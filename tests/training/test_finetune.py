@@ -21,7 +21,7 @@ from qwlib import __main__ as main
 from qwlib.backends import bnb as bnb_backend
 from qwlib.backends import bnb_ends
 from qwlib.measuring import record
-from qwlib.training import examples, finetune, loop
+from qwlib.training import examples, finetune, loop, runs
 from qwlib.training.adapting import adapted
 from qwlib.training.settings import Settings
 
@@ -85,7 +85,7 @@ def test_losses_fall_and_everything_is_written_down(scheme, made, shallow):
     held = told["memory"]["weights_bytes"] + told["memory"]["state_bytes"]
     assert parts["weights"] == pytest.approx(held, rel=0.001)
     assert parts["adapter"] == 4 * training["trained_parameters"]
-    assert record.read(folder / finetune.RECORD) == told
+    assert record.read(folder / runs.RECORD) == told
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -314,7 +314,7 @@ def test_a_run_whose_end_could_not_be_written_is_not_trained_on(made, data, shal
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_save", full)
+        patch.setattr(runs, "_save", full)
         with pytest.raises(QwlibError, match="is full: make room and call again"):
             finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
     _, told = finetune.finetune(str(shallow), "bf16", data, tmp_path / "out", **SHORT)
@@ -354,7 +354,7 @@ def test_steps_are_counted_by_passes(settings, count, steps):
 
 
 def test_other_errors_come_out_as_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="something else"), finetune._explained(tmp_path / "out"):
+    with pytest.raises(RuntimeError, match="something else"), runs._explained(tmp_path / "out"):
         raise RuntimeError("something else")
 
 
@@ -401,7 +401,7 @@ def test_the_command_line_trains_and_says_what_happened(data, shallow, tmp_path)
     done = CliRunner().invoke(main.app, [*command, *settings], catch_exceptions=False)
     assert done.exit_code == 0
     assert "parameters trained in 4 steps" in done.stdout
-    told = record.read(tmp_path / "out" / finetune.RECORD)["training"]
+    told = record.read(tmp_path / "out" / runs.RECORD)["training"]
     assert told["trained_modules"] == 3
     assert f"losses: {told['losses'][0]['loss']:.3f} to {told['losses'][-1]['loss']:.3f}" in done.stdout
     with pytest.raises(QwlibError, match="name the examples with --data FILE"):
@@ -415,8 +415,8 @@ def test_an_output_that_is_there_stays(data, shallow, tmp_path):
 
 def test_a_fingerprint_sees_values_and_places():
     one = [torch.arange(10.0), torch.ones(3)]
-    assert finetune.fingerprint(one) == finetune.fingerprint([each.clone() for each in one])
+    assert runs.fingerprint(one) == runs.fingerprint([each.clone() for each in one])
     swapped = torch.arange(10.0)
     swapped[[2, 3]] = swapped[[3, 2]]
-    assert finetune.fingerprint([swapped, one[1]]) != finetune.fingerprint(one)
-    assert finetune.fingerprint([one[0], one[1].bfloat16()]) != finetune.fingerprint(one)
+    assert runs.fingerprint([swapped, one[1]]) != runs.fingerprint(one)
+    assert runs.fingerprint([one[0], one[1].bfloat16()]) != runs.fingerprint(one)
