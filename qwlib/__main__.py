@@ -347,6 +347,73 @@ def _print_training(row, scheme: str, device: str | None, settings: dict) -> Non
 
 
 @app.command()
+def distill(
+    first: FirstName = None,
+    second: Annotated[
+        str | None,
+        typer.Argument(metavar="FORM", help="`nf4-dq`, `int4`, `int2`, `ternary` or `binary`. The default is nf4-dq."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The new folder for the trained model.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What it reads: a text file, `docstrings` of installed packages, or `own`, which the model writes itself. "
+            "Repeat it for several. The default is the last two."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows of text, over all sources.")] = 8192,
+    longest: Annotated[int, typer.Option(help="The length of a row, in tokens.")] = 512,
+    steps: Annotated[int, typer.Option(help="The number of steps.")] = 400,
+    batch: Annotated[int, typer.Option(help="Rows that are read at once.")] = 32,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The highest learning rate. The default depends on the form.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Scores are divided by it before they are compared.")] = 1.0,
+    every: Annotated[int | None, typer.Option(help="Steps between two checks. The default is a tenth of all.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the texts and their order.")] = 0,
+    device: Annotated[str | None, typer.Option(help="`cpu` or `cuda`. The default is a GPU if there is one.")] = None,
+) -> None:
+    """Train a model in a smaller form to give its own 16-bit scores.
+
+    The weights are rounded while they are trained (quantization-aware training).
+    For nf4-dq, quantize the folder that is written. In the other forms its
+    weights have few values, and are stored in 16 bits. If the command is killed,
+    the same command goes on from the last checkpoint.
+
+    Example: python -m qwlib distill smollm2-135m nf4-dq --out runs/trained
+    """
+    from .training import distill as distilling
+    from .training import forms, ranks
+
+    names = ("steps", "batch", "longest", "learning_rate", "every", "seed")
+    settings = {name: value for name, value in locals().items() if name in names and value is not None}
+    if out is None:
+        raise QwlibError("name the folder to write with --out FOLDER")
+    form = forms.find(second or "nf4-dq")
+    folder, told = distilling.distill(
+        _named(first, None),
+        form.name,
+        out,
+        data=data or distilling.SOURCES,
+        rows=rows,
+        temperature=temperature,
+        device=device,
+        **settings,
+    )
+    if ranks.this().first:
+        _print_distilled(folder, told["training"], form)
+
+
+def _print_distilled(folder: Path, found: dict, form) -> None:
+    """What a run of `distill` has come to, and what to do with its folder."""
+    losses = [check["loss"] for check in found["validation_losses"]]
+    print(f"{folder}: {found['steps']} steps, divergence from 16 bits {losses[0]:.4f}, then {min(losses):.4f}")
+    print(f"packed, a weight would take {found['packed']['bits_per_weight']:.2f} bits")
+    if form.scheme != "bf16":
+        print(f"next: python -m qwlib quantize {folder} --scheme {form.scheme}")
+
+
+@app.command()
 def bench(
     first: FirstName = None,
     more: Annotated[
