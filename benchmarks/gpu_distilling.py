@@ -19,7 +19,7 @@ from qwlib import files
 from qwlib.measuring import quality
 from qwlib.measuring.reference import Reference
 from qwlib.models import catalog, texts
-from qwlib.training import distill, forms
+from qwlib.training import corpus, distill, forms, student
 
 PROTOCOL = "gptq-512"
 KEPT = ("ppl", "ppl_stderr")
@@ -52,7 +52,8 @@ class Texts:
 def row(model: str, form: forms.Form, judge: Texts, folder: Path, **settings) -> dict:
     """One form: what it costs before and after training, and what training took."""
     with qwlib.load(model, "bf16", engine="eager") as lm:
-        forms.dress(lm.model, form)
+        seen = corpus.rows(lm, "docstrings", distill.CALIBRATION, 512)
+        student.shaped(lm.model, form, lm.model, seen)
         before = judge.measured(lm)
     began = time.perf_counter()
     out, told = distill.distill(model, form.name, folder / form.name, **settings)
@@ -65,7 +66,7 @@ def row(model: str, form: forms.Form, judge: Texts, folder: Path, **settings) ->
     return {
         "model": model,
         "form": form.name,
-        **training["packed"],
+        **training.get("packed", {}),
         "seconds": round(seconds, 1),
         **found,
         "bf16": judge.teacher,

@@ -351,7 +351,10 @@ def distill(
     first: FirstName = None,
     second: Annotated[
         str | None,
-        typer.Argument(metavar="FORM", help="`nf4-dq`, `int4`, `int2`, `ternary` or `binary`. The default is nf4-dq."),
+        typer.Argument(
+            metavar="FORM",
+            help="`nf4-dq` (the default), `int4`, `int2`, `ternary`, `binary`, `sparse-50`, `2:4` or `layers-24`.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The new folder for the trained model.")] = None,
     data: Annotated[
@@ -375,9 +378,9 @@ def distill(
 ) -> None:
     """Train a model in a smaller form to give its own 16-bit scores.
 
-    The weights are rounded while they are trained (quantization-aware training).
-    For nf4-dq, quantize the folder that is written. In the other forms its
-    weights have few values, and are stored in 16 bits. If the command is killed,
+    The weights are rounded while they are trained (quantization-aware training),
+    or some of them are taken out before. For nf4-dq, quantize the folder that is
+    written. In the other forms the weights are stored in 16 bits. If the command is killed,
     the same command goes on from the last checkpoint.
 
     Example: python -m qwlib distill smollm2-135m nf4-dq --out runs/trained
@@ -408,7 +411,8 @@ def _print_distilled(folder: Path, found: dict, form) -> None:
     """What a run of `distill` has come to, and what to do with its folder."""
     losses = [check["loss"] for check in found["validation_losses"]]
     print(f"{folder}: {found['steps']} steps, divergence from 16 bits {losses[0]:.4f}, then {min(losses):.4f}")
-    print(f"packed, a weight would take {found['packed']['bits_per_weight']:.2f} bits")
+    if "packed" in found:
+        print(f"packed, a weight would take {found['packed']['bits_per_weight']:.2f} bits")
     if form.scheme != "bf16":
         print(f"next: python -m qwlib quantize {folder} --scheme {form.scheme}")
 

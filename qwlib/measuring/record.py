@@ -186,7 +186,7 @@ RECORD = _part(
         form=_TEXT,
         temperature=_NUMBER,
         teacher_bytes=_COUNT,
-        packed=_part("levels zeros bits_per_weight", levels=_COUNT, zeros=_NUMBER, bits_per_weight=_NUMBER),
+        packed=_part("zeros bits_per_weight", levels=_COUNT, zeros=_NUMBER, bits_per_weight=_NUMBER),
         frozen_fingerprint=_TEXT,
         weights_sha256=_TEXT,
     ),

@@ -18,8 +18,9 @@ from .settings import Settings
 
 SOURCES = ("docstrings", "own")
 WORTH_COMPILING = 200  # steps
+CALIBRATION = 32  # rows that decide what is pruned
 # the fewer levels, the further the weights have to move
-RATES = {"nf4-dq": 1e-4, "int4": 1e-4, "int2": 3e-4, "ternary": 5e-4, "binary": 5e-4}
+RATES = {"int2": 3e-4, "ternary": 5e-4, "binary": 5e-4}
 
 
 def distill(
@@ -48,7 +49,7 @@ def distill(
     """
     form = forms.find(form)
     steps = {"steps": 400} if "epochs" not in settings else {}
-    first = {"batch": 32, "learning_rate": RATES[form.name], "validation": 0.02}
+    first = {"batch": 32, "learning_rate": RATES.get(form.name, 1e-4), "validation": 0.02}
     how = Settings.of(**(steps | first | settings | {"method": "full"}))
     if not 0 < temperature < 100:
         raise QwlibError(f"temperature must be more than 0 and less than 100, not {temperature}")
@@ -69,11 +70,14 @@ def distill(
     ):
         found = {source: corpus.rows(teacher, source, rows // len(data), how.longest, how.seed) for source in data}
         parts = _parts(_tokens(found.values()), how)
+        import torch
+
         from .student import Distilled
 
         if compiled is None:
             compiled = lm.device.type == "cuda" and how.steps_over(len(parts[0])) >= WORTH_COMPILING
-        student = Distilled(teacher, form, temperature, compiled)
+        seen = torch.tensor([row.ids for row in parts[0][:CALIBRATION]])
+        student = Distilled(teacher, form, seen, temperature, compiled)
         return out, runs.run(lm, how, parts, out, own, data=_about(found, parts), found={}, student=student)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from .. import files
 from ..models import checkpoints
 from ..running.lm import Lm
-from . import forms
+from . import forms, pruned
 from .trainer import Trainer
 
 # AdamW's mean of squared gradients covers some 20 steps: the usual choice for runs of few steps on large batches
@@ -18,14 +18,14 @@ BETA2 = 0.95
 class Distilled:
     """A student in a form of `forms.py` that learns from its 16-bit teacher."""
 
-    def __init__(self, teacher: Lm, form: forms.Form, temperature: float, compiled: bool):
-        self.teacher, self.form, self.temperature = teacher, form, temperature
+    def __init__(self, teacher: Lm, form: forms.Form, rows: torch.Tensor, temperature: float, compiled: bool):
+        self.teacher, self.form, self.rows, self.temperature = teacher, form, rows, temperature
         self.told = {"form": form.name, "temperature": temperature}
         self.divergence = torch.compile(divergence) if compiled else divergence
         self.compiled = compiled
 
     def dressed(self, model):
-        forms.dress(model.requires_grad_(True), self.form)
+        shaped(model.requires_grad_(True), self.form, self.teacher.model, self.rows)
         if self.compiled:
             # layer by layer: all layers share what is compiled for the first
             for each in (model, self.teacher.model):
@@ -44,12 +44,20 @@ class Distilled:
         held = self.teacher.memory
         return self.told | {
             "teacher_bytes": held["weights_bytes"] + held["state_bytes"],
-            "packed": forms.counted(layers, self.form),
+            **({"packed": forms.counted(layers, self.form)} if layers else {}),
         }
 
     def finished(self, folder) -> None:
         origin = checkpoints.source(self.teacher.row) | {"trained": self.form.name}
         files.write_text(folder / checkpoints.MERGED, json.dumps(origin))
+
+
+def shaped(model, form: forms.Form, teacher, rows: torch.Tensor) -> None:
+    """Give a model, whose weights are the teacher's, its form. `rows` of tokens decide what is left out of it."""
+    if form.layers:
+        pruned.drop(model, pruned.influences(teacher, rows), form.layers)
+    else:
+        forms.dress(model, form, pruned.norms(teacher, rows) if form.sparsity else None)
 
 
 class _Trainer(Trainer):

@@ -24,25 +24,38 @@ WORDS = 4096  # of the vocabulary that are left, so that a step takes no second
 LAYERS = 2
 
 
-@pytest.fixture(scope="module")
-def small(shallow, tmp_path_factory):
+def cut(shallow, folder, layers: int):
     """The shallow model with fewer words and layers."""
-    folder = shutil.copytree(shallow, tmp_path_factory.mktemp("small") / "model")
-    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": LAYERS, "vocab_size": WORDS}
+    shutil.copytree(shallow, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers, "vocab_size": WORDS}
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
-    kept = {
-        name: w[:WORDS].clone() if "embed" in name else w
-        for name, w in weights.items()
-        if f"layers.{LAYERS}" not in name
-    }
+    kept = {name: w for name, w in weights.items() if not any(f"layers.{n}." in name for n in range(layers, 3))}
+    embedding = next(name for name in kept if "embed" in name)
+    kept[embedding] = kept[embedding][:WORDS].clone()
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 @pytest.fixture(scope="module")
+def small(shallow, tmp_path_factory):
+    return cut(shallow, tmp_path_factory.mktemp("small") / "model", LAYERS)
+
+
+@pytest.fixture(scope="module")
+def deep(shallow, tmp_path_factory):
+    return cut(shallow, tmp_path_factory.mktemp("deep") / "model", 3)
+
+
+@pytest.fixture(scope="module")
 def small16(small):
     with qwlib.load(str(small), "bf16", device="cpu") as lm:
+        yield lm
+
+
+@pytest.fixture(scope="module")
+def deep16(deep):
+    with qwlib.load(str(deep), "bf16", device="cpu") as lm:
         yield lm
 
 
@@ -117,6 +130,22 @@ def test_what_is_loaded_is_what_was_trained(form, scheme, made, small, small16, 
     kept = min(losses(told, "validation_losses"))
     assert measured(str(folder), scheme, small16, text) == pytest.approx(kept, rel=0.05)
     assert measured(str(small), "nf4", small16, text) != pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.parametrize("form", ["2:4", "layers-2"])
+def test_what_was_taken_out_stays_out(form, deep, deep16, text, tmp_path):
+    folder, told = distill.distill(str(deep), form, tmp_path / "out", data=[text], device="cpu", **SHORT | {"steps": 3})
+    checks = losses(told, "validation_losses")
+    assert measured(str(folder), "bf16", deep16, text) == pytest.approx(min(checks), rel=0.05)
+    weights = load_file(folder / "model.safetensors")
+    layers = [tensor for name, tensor in weights.items() if name.endswith("_proj.weight")]
+    if form == "2:4":
+        assert told["training"]["packed"] == {"zeros": 0.5, "bits_per_weight": 9}
+        assert all(((tensor != 0).reshape(-1, 4).sum(1) <= 2).all() for tensor in layers)
+    else:
+        assert len(layers) == 2 * 7
+        assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
+        assert "packed" not in told["training"]
 
 
 def test_an_artefact_of_it_is_compared_with_the_model_that_it_was_made_from(made, small, tmp_path):
@@ -206,6 +235,7 @@ def test_batches_are_whole():
     ("change", "said"),
     [
         ({"form": "int9"}, "int9"),
+        ({"form": "layers-5"}, "keep from 2 to 1"),
         ({"data": []}, "name a source"),
         ({"data": ["no such file.txt"]}, "can't read the text"),
         ({"longest": 8000}, "less than 8000 tokens"),
@@ -252,6 +282,6 @@ def test_the_record_of_an_h100_has_what_its_table_says():
     for row in held["rows"]:
         form = forms.find(row["form"])
         assert row["bits_per_weight"] == pytest.approx(form.bits_per_weight(1000), abs=0.02)
-        assert row.get("levels", 2) <= form.levels
+        assert row.get("levels", 2) <= (form.levels or 2)
         for before, after in zip(row["before"], row["after"], strict=True):
             assert after["kld_mean"] < before["kld_mean"]
