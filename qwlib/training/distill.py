@@ -42,8 +42,9 @@ def distill(
     `temperature`: scores of both are divided by it before they are compared (arXiv 1503.02531). `compiled`: layers and loss go
     through torch.compile, which is the default on a GPU from 200 steps on. `settings` are those of
     `training.Settings`: `steps`, `batch`, `learning_rate`, …. The folder is a checkpoint in bfloat16. For `nf4-dq` it is to be
-    quantized or loaded in that scheme, and has the values then that it was trained with. In the other forms its weights have
-    these values already. A run that was killed goes on when the same call is made again.
+    quantized or loaded in that scheme. It has the values then that it was trained with, but for a few scales whose 8-bit code
+    bitsandbytes rounds otherwise on a CPU. In the other forms its weights have these values already. A run that was killed goes
+    on when the same call is made again.
 
     Raises QwlibError in one line for what `finetune` refuses, an unknown form or setting, and a text that can't be read.
     """

@@ -57,7 +57,7 @@ def influences(model, ids: torch.Tensor) -> list[float]:
     total, count = None, 0
     for some in ids.split(AT_ONCE):
         told = model(input_ids=some.to(model.device), use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        # the last state has gone through the final norm, which changes lengths and directions little
+        # the last state has gone through the final norm, but the last layer stays whatever its number is
         states = [state.float() for state in told.hidden_states]
         pairs = itertools.pairwise(states)
         found = torch.stack([1 - nn.functional.cosine_similarity(a, b, -1).mean() for a, b in pairs]).cpu()

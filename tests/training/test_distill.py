@@ -279,9 +279,13 @@ def test_the_command_says_what_it_has_come_to(monkeypatch, made, tmp_path):
 
 def test_the_record_of_an_h100_has_what_its_table_says():
     held = json.loads((files.Path(__file__).parents[2] / "results" / "h100_distilled.json").read_text())
+    table = (files.Path(__file__).parents[2] / "docs" / "measured.md").read_text(encoding="utf-8").splitlines()
     for row in held["rows"]:
         form = forms.find(row["form"])
         assert row["bits_per_weight"] == pytest.approx(form.bits_per_weight(1000), abs=0.02)
         assert row.get("levels", 2) <= (form.levels or 2)
         for before, after in zip(row["before"], row["after"], strict=True):
             assert after["kld_mean"] < before["kld_mean"]
+            up, error = after["ppl_ratio"] - 1, after["ppl_ratio_stderr"]
+            wanted = f"{after['ppl']:.2f} ({100 * up:+.1f} ± {100 * error:.1f} %)"
+            assert any(line.startswith(f"| {form.name} ") and wanted in line for line in table), wanted
